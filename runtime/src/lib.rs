@@ -1,0 +1,29 @@
+//! Files, memory, kernels, devices, threads and tokens: carries the planner's decisions out.
+//!
+//! * [`gguf`]: GGUF files, read through a memory map and written.
+//! * [`safetensors`]: Hugging Face weight folders.
+//! * [`import`]: file metadata to [`tierwise_cost::model::ModelSpec`].
+//! * [`quant`]: block formats, one file each: layout, scalar reference.
+//! * [`kernels`]: CPU kernels chosen at run time; every one has its scalar twin in [`quant`].
+//! * [`tokenizer`], [`chat`], [`sampler`]: text in, tokens out, text out.
+//! * [`exec`]: runs the operation list of [`tierwise_cost::op`] on the CPU.
+//! * [`session`]: a loaded model with its engine: prefill, decode, generate.
+//! * [`synth`]: random-weight files in the shape of a real model.
+//! * [`probe`]: a quick look at this machine; [`backend`]: which devices it has.
+
+pub mod backend;
+pub mod chat;
+pub mod error;
+pub mod exec;
+pub mod gguf;
+pub mod import;
+pub mod kernels;
+pub mod probe;
+pub mod quant;
+pub mod safetensors;
+pub mod sampler;
+pub mod session;
+pub mod synth;
+pub mod tokenizer;
+
+pub use error::RuntimeError;
