@@ -77,6 +77,10 @@ impl std::str::FromStr for Bytes {
             }
             _ => t.to_string(),
         };
+        // Whole bytes are read as integers: an f64 would lose the last bits above 2^53.
+        if let Some(Ok(whole)) = long.strip_suffix('B').map(|n| n.trim().parse::<u64>()) {
+            return Ok(Self(whole));
+        }
         let value = parse(&long, SIZE_UNITS, "", "a size", SIZE_HINT)?;
         if value >= u64::MAX as f64 {
             return Err(CostError::BadQuantity { text: s.to_string(), expected: "a size", hint: "the number is too large" });
@@ -115,7 +119,7 @@ fn write_scaled(f: &mut fmt::Formatter<'_>, value: f64, units: &[(&str, f64)], s
         }
     }
     let v = value / best.1;
-    let text = if v.fract() == 0.0 && v < 1e4 {
+    let text = if (v - v.round()).abs() < 1e-9 * v.max(1.0) && v < 1e4 {
         format!("{v:.0} {}{suffix}", best.0)
     } else if v < 10.0 {
         format!("{v:.2} {}{suffix}", best.0)
