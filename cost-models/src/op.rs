@@ -1,1 +1,265 @@
-//! skeleton
+//! The one lowering: (model, batch) to a list of operations.
+//!
+//! The runtime executes this list, the cost model prices it, the benches measure it; there is no second list.
+//! Operations name tensors by [`TensorId`] and activations by [`Slot`]; shapes follow from the batch.
+
+use crate::error::CostError;
+use crate::model::{Attention, Ffn, Gqa, ModelSpec, Moe, QkNorm, Rope, TensorId, TensorRole};
+
+/// What one step computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    /// Tokens computed in this step, over all sequences.
+    pub tokens: u32,
+    /// Positions already in the cache, per sequence.
+    pub past: u32,
+    /// Sequences the tokens belong to, evenly.
+    pub sequences: u32,
+    /// Positions whose logits are wanted.
+    pub logits: u32,
+}
+
+impl Batch {
+    /// One token after `past` others, with logits.
+    pub const fn decode(past: u32) -> Self {
+        Self { tokens: 1, past, sequences: 1, logits: 1 }
+    }
+
+    /// `tokens` tokens of one sequence after `past` others, logits for the last.
+    pub const fn prefill(tokens: u32, past: u32) -> Self {
+        Self { tokens, past, sequences: 1, logits: 1 }
+    }
+}
+
+/// An activation buffer of a step. Shapes are `[tokens, width]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// The residual stream: `[tokens, hidden_size]`.
+    Hidden,
+    /// Its norm: input of the next matrices.
+    Normed,
+    /// Queries: `[tokens, num_heads * head_dim]`.
+    Q,
+    /// Keys of the new tokens: `[tokens, num_kv_heads * head_dim]`.
+    K,
+    /// Values of the new tokens: `[tokens, num_kv_heads * head_dim]`.
+    V,
+    /// Attention's result: `[tokens, num_heads * head_dim]`.
+    Attended,
+    /// What a part adds to the residual stream: `[tokens, hidden_size]`.
+    Delta,
+    /// Output: `[logits, vocab_size]`.
+    Logits,
+}
+
+/// One operation of a step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Op {
+    /// Its layer, or `None` outside the layers.
+    pub layer: Option<u32>,
+    /// What it does.
+    pub kind: OpKind,
+}
+
+/// What an operation does. A closed set: every back-end runs exactly these.
+#[derive(Debug, Clone, PartialEq)]
+pub enum OpKind {
+    /// Rows of the embedding table into [`Slot::Hidden`].
+    Embed {
+        /// `[vocab_size, hidden_size]`.
+        table: TensorId,
+    },
+    /// RMS norm over the whole width.
+    RmsNorm {
+        /// `[width]`.
+        weight: TensorId,
+        /// Read.
+        input: Slot,
+        /// Written.
+        output: Slot,
+    },
+    /// `output = input * weight^T (+ bias)`.
+    MatMul {
+        /// `[rows, cols]`.
+        weight: TensorId,
+        /// `[rows]`.
+        bias: Option<TensorId>,
+        /// `[tokens, cols]`.
+        input: Slot,
+        /// `[tokens, rows]`.
+        output: Slot,
+    },
+    /// RMS norm of queries or keys, per head or over all heads, in place.
+    QkNorm {
+        /// `[head_dim]` or `[heads * head_dim]`.
+        weight: TensorId,
+        /// [`Slot::Q`] or [`Slot::K`].
+        slot: Slot,
+        /// What the norm spans.
+        span: QkNorm,
+        /// Width of one head.
+        head_dim: u32,
+    },
+    /// Rotary position embedding of queries or keys, in place.
+    Rope {
+        /// [`Slot::Q`] or [`Slot::K`].
+        slot: Slot,
+        /// Width of one head.
+        head_dim: u32,
+        /// Frequencies and pairing.
+        rope: Rope,
+    },
+    /// Appends [`Slot::K`] and [`Slot::V`] to the cache, then attends: [`Slot::Q`] to [`Slot::Attended`].
+    Attention(Gqa),
+    /// `Hidden += Delta`.
+    AddDelta,
+    /// Scores [`Slot::Normed`], chooses experts and weights for each token. The engine is told the choice.
+    Route {
+        /// `[num_experts, hidden_size]`.
+        weight: TensorId,
+        /// The rule.
+        moe: Moe,
+    },
+    /// Weighted sum of the chosen experts' outputs on [`Slot::Normed`] into [`Slot::Delta`].
+    RoutedExperts {
+        /// `[num_experts, inner_size, hidden_size]`.
+        gate: TensorId,
+        /// `[num_experts, inner_size, hidden_size]`.
+        up: TensorId,
+        /// `[num_experts, hidden_size, inner_size]`.
+        down: TensorId,
+        /// Sizes.
+        moe: Moe,
+    },
+    /// SwiGLU network on [`Slot::Normed`] into [`Slot::Delta`].
+    Ffn {
+        /// `[inner_size, hidden_size]`.
+        gate: TensorId,
+        /// `[inner_size, hidden_size]`.
+        up: TensorId,
+        /// `[hidden_size, inner_size]`.
+        down: TensorId,
+        /// Scales the output by the sigmoid of a projection: `[hidden_size]`.
+        sigmoid_gate: Option<TensorId>,
+        /// Add to [`Slot::Delta`] instead of overwriting it (shared experts beside routed ones).
+        accumulate: bool,
+    },
+    /// Keeps the rows of [`Slot::Hidden`] whose logits are wanted.
+    SelectRows,
+}
+
+/// The operations of one step, in order.
+///
+/// # Errors
+/// [`CostError::BadModel`] when the model has a part that can be planned but not run (see [`ModelSpec::plan_only_reason`]).
+pub fn lower(spec: &ModelSpec, batch: Batch) -> Result<Vec<Op>, CostError> {
+    let refuse = |found: String| CostError::BadModel {
+        model: spec.name.clone(),
+        field: "architecture".into(),
+        found,
+        expected: "a model that the runtime can execute".into(),
+    };
+    if let Some(reason) = spec.plan_only_reason() {
+        return Err(refuse(reason));
+    }
+    let index = Index::new(spec);
+    let get = |layer: Option<u32>, role: TensorRole| {
+        index.find(layer, role).ok_or_else(|| refuse(format!("a tensor table without {role:?} in layer {layer:?}")))
+    };
+    let mut ops = Vec::with_capacity(spec.layers.len() * 16 + 4);
+    let mut push = |layer, kind| ops.push(Op { layer, kind });
+    let embedding = get(None, TensorRole::TokenEmbedding)?;
+    push(None, OpKind::Embed { table: embedding });
+    for (i, layer) in spec.layers.iter().enumerate() {
+        let l = Some(i as u32);
+        let Attention::Gqa(a) = &layer.attention else { return Err(refuse("an attention kind without execution".into())) };
+        push(l, OpKind::RmsNorm { weight: get(l, TensorRole::AttentionNorm)?, input: Slot::Hidden, output: Slot::Normed });
+        let projections = [
+            (TensorRole::AttentionQ, TensorRole::AttentionQBias, Slot::Q),
+            (TensorRole::AttentionK, TensorRole::AttentionKBias, Slot::K),
+            (TensorRole::AttentionV, TensorRole::AttentionVBias, Slot::V),
+        ];
+        for (weight, bias, output) in projections {
+            let bias = if a.qkv_bias { Some(get(l, bias)?) } else { None };
+            push(l, OpKind::MatMul { weight: get(l, weight)?, bias, input: Slot::Normed, output });
+        }
+        for (role, slot) in [(TensorRole::AttentionQNorm, Slot::Q), (TensorRole::AttentionKNorm, Slot::K)] {
+            if a.qk_norm != QkNorm::None {
+                push(l, OpKind::QkNorm { weight: get(l, role)?, slot, span: a.qk_norm, head_dim: a.head_dim });
+            }
+            push(l, OpKind::Rope { slot, head_dim: a.head_dim, rope: a.rope.clone() });
+        }
+        push(l, OpKind::Attention(a.clone()));
+        push(
+            l,
+            OpKind::MatMul {
+                weight: get(l, TensorRole::AttentionOutput)?,
+                bias: None,
+                input: Slot::Attended,
+                output: Slot::Delta,
+            },
+        );
+        push(l, OpKind::AddDelta);
+        // Only the rows whose logits are wanted go on from the last layer's attention.
+        if i + 1 == spec.layers.len() && batch.logits < batch.tokens {
+            push(l, OpKind::SelectRows);
+        }
+        push(l, OpKind::RmsNorm { weight: get(l, TensorRole::FfnNorm)?, input: Slot::Hidden, output: Slot::Normed });
+        match &layer.ffn {
+            Ffn::Dense(_) => push(
+                l,
+                OpKind::Ffn {
+                    gate: get(l, TensorRole::DenseGate)?,
+                    up: get(l, TensorRole::DenseUp)?,
+                    down: get(l, TensorRole::DenseDown)?,
+                    sigmoid_gate: None,
+                    accumulate: false,
+                },
+            ),
+            Ffn::Moe(m) => {
+                push(l, OpKind::Route { weight: get(l, TensorRole::Router)?, moe: m.clone() });
+                push(
+                    l,
+                    OpKind::RoutedExperts {
+                        gate: get(l, TensorRole::ExpertGate)?,
+                        up: get(l, TensorRole::ExpertUp)?,
+                        down: get(l, TensorRole::ExpertDown)?,
+                        moe: m.clone(),
+                    },
+                );
+                if let Some(shared) = &m.shared {
+                    let sigmoid_gate = if shared.sigmoid_gate { Some(get(l, TensorRole::SharedRouter)?) } else { None };
+                    push(
+                        l,
+                        OpKind::Ffn {
+                            gate: get(l, TensorRole::SharedGate)?,
+                            up: get(l, TensorRole::SharedUp)?,
+                            down: get(l, TensorRole::SharedDown)?,
+                            sigmoid_gate,
+                            accumulate: true,
+                        },
+                    );
+                }
+            }
+            Ffn::None => return Err(refuse("a layer without feed-forward part".into())),
+        }
+        push(l, OpKind::AddDelta);
+    }
+    push(None, OpKind::RmsNorm { weight: get(None, TensorRole::OutputNorm)?, input: Slot::Hidden, output: Slot::Normed });
+    let output = if spec.tie_word_embeddings { embedding } else { get(None, TensorRole::Output)? };
+    push(None, OpKind::MatMul { weight: output, bias: None, input: Slot::Normed, output: Slot::Logits });
+    Ok(ops)
+}
+
+/// Tensor look-up by layer and role; the table is searched once.
+struct Index(std::collections::HashMap<(Option<u32>, TensorRole), TensorId>);
+
+impl Index {
+    fn new(spec: &ModelSpec) -> Self {
+        Self(spec.tensors.iter().enumerate().map(|(i, t)| ((t.layer, t.role), TensorId(i as u32))).collect())
+    }
+
+    fn find(&self, layer: Option<u32>, role: TensorRole) -> Option<TensorId> {
+        self.0.get(&(layer, role)).copied()
+    }
+}

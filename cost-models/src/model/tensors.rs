@@ -1,0 +1,324 @@
+//! The tensor table: every tensor's name, role and shape follow from the geometry.
+//!
+//! Names are those of GGUF files. Importers check files against this list, `synth` writes it, planning sums it.
+
+use super::{Attention, Ffn, Geometry, Mla, Moe, QkNorm};
+use crate::error::CostError;
+use crate::quant::QuantFormat;
+use crate::units::Bytes;
+
+/// Index into [`super::ModelSpec::tensors`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TensorId(pub u32);
+
+/// What a tensor is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "each variant is the field's own word")]
+pub enum TensorRole {
+    TokenEmbedding,
+    OutputNorm,
+    Output,
+    AttentionNorm,
+    AttentionQ,
+    AttentionK,
+    AttentionV,
+    AttentionQBias,
+    AttentionKBias,
+    AttentionVBias,
+    AttentionQNorm,
+    AttentionKNorm,
+    AttentionOutput,
+    /// MLA: query compression, its norm and expansion.
+    AttentionQA,
+    AttentionQANorm,
+    AttentionQB,
+    /// MLA: key/value compression with the rotated key, its norm and the two expansions.
+    AttentionKvA,
+    AttentionKvANorm,
+    AttentionKB,
+    AttentionVB,
+    /// Weights of a mixing part known only by its size.
+    PlanOnlyMixer,
+    FfnNorm,
+    Router,
+    RouterBias,
+    ExpertGate,
+    ExpertUp,
+    ExpertDown,
+    /// Projections into and out of the experts' latent width.
+    LatentDown,
+    LatentUp,
+    SharedRouter,
+    SharedGate,
+    SharedUp,
+    SharedDown,
+    DenseGate,
+    DenseUp,
+    DenseDown,
+}
+
+/// Roles as a user counts them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "each variant is the field's own word")]
+pub enum RoleGroup {
+    Embedding,
+    Attention,
+    Norms,
+    Router,
+    RoutedExperts,
+    SharedExperts,
+    DenseFfn,
+    Output,
+}
+
+impl RoleGroup {
+    /// Every group, in the order in which tables show them.
+    pub const ALL: &'static [Self] = &[
+        Self::Embedding,
+        Self::Attention,
+        Self::Norms,
+        Self::Router,
+        Self::RoutedExperts,
+        Self::SharedExperts,
+        Self::DenseFfn,
+        Self::Output,
+    ];
+
+    /// Name in tables and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Embedding => "embedding",
+            Self::Attention => "attention",
+            Self::Norms => "norms",
+            Self::Router => "router",
+            Self::RoutedExperts => "routed experts",
+            Self::SharedExperts => "shared experts",
+            Self::DenseFfn => "dense ffn",
+            Self::Output => "output",
+        }
+    }
+}
+
+impl TensorRole {
+    /// The group this role is counted under.
+    pub const fn group(self) -> RoleGroup {
+        match self {
+            Self::TokenEmbedding => RoleGroup::Embedding,
+            Self::Output => RoleGroup::Output,
+            Self::OutputNorm
+            | Self::AttentionNorm
+            | Self::AttentionQNorm
+            | Self::AttentionKNorm
+            | Self::AttentionQANorm
+            | Self::AttentionKvANorm
+            | Self::FfnNorm => RoleGroup::Norms,
+            Self::AttentionQ
+            | Self::AttentionK
+            | Self::AttentionV
+            | Self::AttentionQBias
+            | Self::AttentionKBias
+            | Self::AttentionVBias
+            | Self::AttentionOutput
+            | Self::AttentionQA
+            | Self::AttentionQB
+            | Self::AttentionKvA
+            | Self::AttentionKB
+            | Self::AttentionVB
+            | Self::PlanOnlyMixer => RoleGroup::Attention,
+            Self::Router | Self::RouterBias => RoleGroup::Router,
+            Self::ExpertGate | Self::ExpertUp | Self::ExpertDown | Self::LatentDown | Self::LatentUp => RoleGroup::RoutedExperts,
+            Self::SharedRouter | Self::SharedGate | Self::SharedUp | Self::SharedDown => RoleGroup::SharedExperts,
+            Self::DenseGate | Self::DenseUp | Self::DenseDown => RoleGroup::DenseFfn,
+        }
+    }
+
+    /// One slice of the outermost dimension belongs to one routed expert.
+    pub const fn is_routed_expert(self) -> bool {
+        matches!(self, Self::ExpertGate | Self::ExpertUp | Self::ExpertDown)
+    }
+}
+
+/// A tensor's identity and shape, without format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorShape {
+    /// GGUF name, e.g. `blk.3.ffn_up_exps.weight`.
+    pub name: String,
+    /// What it is for.
+    pub role: TensorRole,
+    /// Its layer, or `None` outside the layers.
+    pub layer: Option<u32>,
+    /// Dimensions, outermost first: `[experts, rows, cols]`, `[rows, cols]` or `[cols]`.
+    pub shape: Vec<u64>,
+}
+
+/// A tensor with its format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// GGUF name.
+    pub name: String,
+    /// What it is for.
+    pub role: TensorRole,
+    /// Its layer, or `None` outside the layers.
+    pub layer: Option<u32>,
+    /// Dimensions, outermost first.
+    pub shape: Vec<u64>,
+    /// How its rows are stored.
+    pub format: QuantFormat,
+    /// Bytes in a file or in memory.
+    pub bytes: Bytes,
+}
+
+impl TensorSpec {
+    /// Shape and format to bytes.
+    ///
+    /// # Errors
+    /// [`CostError::RowNotBlocked`] when rows are not whole blocks.
+    pub fn new(t: TensorShape, format: QuantFormat) -> Result<Self, CostError> {
+        let bytes = format.tensor_bytes(&t.shape).ok_or_else(|| CostError::RowNotBlocked {
+            tensor: t.name.clone(),
+            cols: t.shape.last().copied().unwrap_or(0),
+            format: format.name(),
+            block: u64::from(format.layout().elems),
+        })?;
+        Ok(Self { name: t.name, role: t.role, layer: t.layer, shape: t.shape, format, bytes })
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+}
+
+struct Table(Vec<TensorShape>);
+
+impl Table {
+    fn push(&mut self, layer: Option<u32>, suffix: &str, role: TensorRole, shape: &[u32]) {
+        let name = match layer {
+            Some(l) => format!("blk.{l}.{suffix}"),
+            None => suffix.to_string(),
+        };
+        self.0.push(TensorShape { name, role, layer, shape: shape.iter().map(|d| u64::from(*d)).collect() });
+    }
+}
+
+/// Every tensor that a model of this geometry has, in file order.
+pub fn tensor_shapes(g: &Geometry) -> Vec<TensorShape> {
+    use TensorRole as R;
+    let h = g.hidden_size;
+    let mut t = Table(Vec::new());
+    t.push(None, "token_embd.weight", R::TokenEmbedding, &[g.vocab_size, h]);
+    for (i, layer) in g.layers.iter().enumerate() {
+        let l = Some(i as u32);
+        match &layer.attention {
+            Attention::Gqa(a) => {
+                let (q, kv) = (a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
+                t.push(l, "attn_norm.weight", R::AttentionNorm, &[h]);
+                t.push(l, "attn_q.weight", R::AttentionQ, &[q, h]);
+                t.push(l, "attn_k.weight", R::AttentionK, &[kv, h]);
+                t.push(l, "attn_v.weight", R::AttentionV, &[kv, h]);
+                if a.qkv_bias {
+                    t.push(l, "attn_q.bias", R::AttentionQBias, &[q]);
+                    t.push(l, "attn_k.bias", R::AttentionKBias, &[kv]);
+                    t.push(l, "attn_v.bias", R::AttentionVBias, &[kv]);
+                }
+                match a.qk_norm {
+                    QkNorm::None => {}
+                    QkNorm::PerHead => {
+                        t.push(l, "attn_q_norm.weight", R::AttentionQNorm, &[a.head_dim]);
+                        t.push(l, "attn_k_norm.weight", R::AttentionKNorm, &[a.head_dim]);
+                    }
+                    QkNorm::FullWidth => {
+                        t.push(l, "attn_q_norm.weight", R::AttentionQNorm, &[q]);
+                        t.push(l, "attn_k_norm.weight", R::AttentionKNorm, &[kv]);
+                    }
+                }
+                t.push(l, "attn_output.weight", R::AttentionOutput, &[h, q]);
+            }
+            Attention::Mla(a) => push_mla(&mut t, l, h, a),
+            Attention::PlanOnly(m) => {
+                t.push(l, "attn_norm.weight", R::AttentionNorm, &[h]);
+                // One matrix of the right size; rows of the hidden size where it divides, so that block formats apply.
+                let shape = if m.weight_elements.is_multiple_of(u64::from(h)) {
+                    vec![m.weight_elements / u64::from(h), u64::from(h)]
+                } else {
+                    vec![1, m.weight_elements]
+                };
+                let name = format!("blk.{i}.mixer.weight");
+                t.0.push(TensorShape { name, role: R::PlanOnlyMixer, layer: l, shape });
+            }
+        }
+        if !matches!(layer.ffn, Ffn::None) {
+            t.push(l, "ffn_norm.weight", R::FfnNorm, &[h]);
+        }
+        match &layer.ffn {
+            Ffn::Dense(d) => push_dense(&mut t, l, h, d.inner_size, d.gated),
+            Ffn::Moe(m) => push_moe(&mut t, l, h, m),
+            Ffn::None => {}
+        }
+    }
+    t.push(None, "output_norm.weight", R::OutputNorm, &[h]);
+    if !g.tie_word_embeddings {
+        t.push(None, "output.weight", R::Output, &[g.vocab_size, h]);
+    }
+    t.0
+}
+
+fn push_mla(t: &mut Table, l: Option<u32>, h: u32, a: &Mla) {
+    use TensorRole as R;
+    let qk = a.qk_nope_head_dim + a.qk_rope_head_dim;
+    t.push(l, "attn_norm.weight", R::AttentionNorm, &[h]);
+    match a.q_lora_rank {
+        Some(rank) => {
+            t.push(l, "attn_q_a.weight", R::AttentionQA, &[rank, h]);
+            t.push(l, "attn_q_a_norm.weight", R::AttentionQANorm, &[rank]);
+            t.push(l, "attn_q_b.weight", R::AttentionQB, &[a.num_heads * qk, rank]);
+        }
+        None => t.push(l, "attn_q.weight", R::AttentionQ, &[a.num_heads * qk, h]),
+    }
+    t.push(l, "attn_kv_a_mqa.weight", R::AttentionKvA, &[a.kv_lora_rank + a.qk_rope_head_dim, h]);
+    t.push(l, "attn_kv_a_norm.weight", R::AttentionKvANorm, &[a.kv_lora_rank]);
+    t.push(l, "attn_k_b.weight", R::AttentionKB, &[a.num_heads, a.kv_lora_rank, a.qk_nope_head_dim]);
+    t.push(l, "attn_v_b.weight", R::AttentionVB, &[a.num_heads, a.v_head_dim, a.kv_lora_rank]);
+    t.push(l, "attn_output.weight", R::AttentionOutput, &[h, a.num_heads * a.v_head_dim]);
+}
+
+fn push_dense(t: &mut Table, l: Option<u32>, h: u32, inner: u32, gated: bool) {
+    use TensorRole as R;
+    if gated {
+        t.push(l, "ffn_gate.weight", R::DenseGate, &[inner, h]);
+    }
+    t.push(l, "ffn_up.weight", R::DenseUp, &[inner, h]);
+    t.push(l, "ffn_down.weight", R::DenseDown, &[h, inner]);
+}
+
+fn push_moe(t: &mut Table, l: Option<u32>, h: u32, m: &Moe) {
+    use TensorRole as R;
+    let (e, inner) = (m.num_experts, m.inner_size);
+    let width = m.latent_size.unwrap_or(h);
+    t.push(l, "ffn_gate_inp.weight", R::Router, &[e, h]);
+    if m.router.selection_bias {
+        t.push(l, "exp_probs_b.bias", R::RouterBias, &[e]);
+    }
+    if let Some(latent) = m.latent_size {
+        t.push(l, "ffn_latent_down.weight", R::LatentDown, &[latent, h]);
+        t.push(l, "ffn_latent_up.weight", R::LatentUp, &[h, latent]);
+    }
+    if m.gated {
+        t.push(l, "ffn_gate_exps.weight", R::ExpertGate, &[e, inner, width]);
+    }
+    t.push(l, "ffn_up_exps.weight", R::ExpertUp, &[e, inner, width]);
+    t.push(l, "ffn_down_exps.weight", R::ExpertDown, &[e, width, inner]);
+    if let Some(s) = &m.shared {
+        if s.sigmoid_gate {
+            t.push(l, "ffn_gate_inp_shexp.weight", R::SharedRouter, &[h]);
+        }
+        if m.gated {
+            t.push(l, "ffn_gate_shexp.weight", R::SharedGate, &[s.inner_size, h]);
+        }
+        t.push(l, "ffn_up_shexp.weight", R::SharedUp, &[s.inner_size, h]);
+        t.push(l, "ffn_down_shexp.weight", R::SharedDown, &[h, s.inner_size]);
+    }
+    if let Some(inner) = m.parallel_dense_inner_size {
+        push_dense(t, l, h, inner, m.gated);
+    }
+}

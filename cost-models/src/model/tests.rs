@@ -1,0 +1,104 @@
+//! Sizes and tensor tables against published figures.
+
+use super::*;
+use crate::op::{Batch, OpKind, Slot, lower};
+
+/// Qwen3-30B-A3B, from its published config.
+pub(crate) fn qwen3_30b() -> Geometry {
+    let layer = LayerSpec {
+        attention: Attention::Gqa(Gqa {
+            num_heads: 32,
+            num_kv_heads: 4,
+            head_dim: 128,
+            qkv_bias: false,
+            qk_norm: QkNorm::PerHead,
+            rope: Rope { theta: 1e6, rotary_dim: 128, pairing: RopePairing::Halves },
+            sliding_window: None,
+        }),
+        ffn: Ffn::Moe(Moe {
+            num_experts: 128,
+            experts_per_token: 8,
+            inner_size: 768,
+            gated: true,
+            latent_size: None,
+            router: Router { score: RouterScore::Softmax, normalize_topk: true, scale: 1.0, selection_bias: false, groups: None },
+            shared: None,
+            parallel_dense_inner_size: None,
+        }),
+    };
+    Geometry {
+        name: "Qwen3-30B-A3B".into(),
+        architecture: "qwen3moe".into(),
+        hidden_size: 2048,
+        vocab_size: 151_936,
+        context_length: 40_960,
+        norm_eps: 1e-6,
+        tie_word_embeddings: false,
+        layers: vec![layer; 48],
+    }
+}
+
+#[test]
+fn parameter_counts_are_the_published_ones() {
+    let spec = ModelSpec::with_recipe(qwen3_30b(), &Recipe::by_name("BF16").unwrap()).unwrap();
+    // Published: 30.5 B total, 3.3 B active (embedding included in the latter).
+    assert_eq!(spec.total_elements(), 30_532_122_624);
+    let with_embedding = spec.active_elements_per_token() + 151_935 * 2048;
+    assert!((3.25e9..3.40e9).contains(&(with_embedding as f64)), "{with_embedding}");
+    // 4 KV heads x 128 x 2 x 48 layers x 2 bytes.
+    assert_eq!(spec.kv_bytes_per_token(QuantFormat::F16), crate::units::Bytes(98_304));
+}
+
+#[test]
+fn groups_and_layers_add_up_to_the_total() {
+    let spec = ModelSpec::with_recipe(qwen3_30b(), &Recipe::by_name("Q4_K_M").unwrap()).unwrap();
+    let by_role: u64 = spec.bytes_by_role().iter().map(|r| r.bytes.0).sum();
+    let by_format: u64 = spec.bytes_by_format().iter().map(|(_, b)| b.0).sum();
+    assert_eq!(by_role, spec.total_bytes().0);
+    assert_eq!(by_format, spec.total_bytes().0);
+    for (l, bytes) in spec.layer_bytes().iter().enumerate() {
+        assert_eq!(bytes.per_expert.0 * 128, bytes.routed.0, "layer {l}");
+    }
+    // The published Q4_K_M file has 18.56 GB.
+    assert!((18.4e9..18.7e9).contains(&(spec.total_bytes().0 as f64)), "{}", spec.total_bytes().0);
+}
+
+#[test]
+fn toml_round_trips_and_is_short() {
+    let g = qwen3_30b();
+    let text = g.to_toml("its config.json", None).unwrap();
+    assert_eq!(Geometry::from_toml(&text).unwrap(), g);
+    assert!(text.lines().count() < 60, "{text}");
+    assert!(Geometry::from_toml(&text.replace("hidden_size", "hiden_size")).is_err());
+    let zero = Geometry::from_toml(&text.replace("num_experts = 128", "num_experts = 4")).unwrap_err().to_string();
+    assert!(zero.contains("experts_per_token") && zero.contains("1 to 4"), "{zero}");
+}
+
+#[test]
+fn fingerprints_tell_formats_apart() {
+    let of = |recipe| ModelSpec::with_recipe(qwen3_30b(), &Recipe::by_name(recipe).unwrap()).unwrap().fingerprint();
+    assert_eq!(of("Q8_0"), of("Q8_0"));
+    assert_ne!(of("Q8_0"), of("Q4_0"));
+}
+
+#[test]
+fn every_weight_is_used_exactly_once_by_a_step() {
+    let spec = ModelSpec::with_recipe(qwen3_30b(), &Recipe::by_name("Q8_0").unwrap()).unwrap();
+    let mut uses = vec![0; spec.tensors.len()];
+    let ops = lower(&spec, Batch::decode(0)).unwrap();
+    for op in &ops {
+        let ids = match &op.kind {
+            OpKind::Embed { table } => vec![*table],
+            OpKind::RmsNorm { weight, .. } | OpKind::QkNorm { weight, .. } | OpKind::Route { weight, .. } => vec![*weight],
+            OpKind::MatMul { weight, bias, .. } => std::iter::once(*weight).chain(*bias).collect(),
+            OpKind::RoutedExperts { gate, up, down, .. } => vec![*gate, *up, *down],
+            OpKind::Ffn { gate, up, down, sigmoid_gate, .. } => [*gate, *up, *down].into_iter().chain(*sigmoid_gate).collect(),
+            OpKind::Rope { .. } | OpKind::Attention(_) | OpKind::AddDelta | OpKind::SelectRows => vec![],
+        };
+        for id in ids {
+            uses[id.0 as usize] += 1;
+        }
+    }
+    assert!(uses.iter().all(|n| *n == 1), "{uses:?}");
+    assert!(matches!(ops.last().unwrap().kind, OpKind::MatMul { output: Slot::Logits, .. }));
+}
