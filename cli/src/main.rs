@@ -2,6 +2,8 @@
 
 mod args;
 mod cmd;
+mod loaded;
+mod model;
 mod ui;
 
 use clap::Parser;

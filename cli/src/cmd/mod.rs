@@ -7,8 +7,8 @@ mod explain;
 mod inspect;
 mod logits;
 mod perplexity;
-mod plan;
-mod run;
+pub mod plan;
+pub mod run;
 mod shell;
 mod synth;
 

@@ -1,0 +1,121 @@
+//! `tierwise bench`: prefill and decode speed like llama-bench, beside what the machine's memory allows.
+
+use crate::args::BenchArgs;
+use crate::loaded::Loaded;
+use crate::ui::{self, Ui, number};
+use anyhow::{Result, bail};
+use serde_json::json;
+use std::time::Instant;
+use tierwise_runtime::probe;
+
+/// One test's speeds over the repetitions.
+struct Measured {
+    test: String,
+    tokens_per_s: Vec<f64>,
+    /// Only decode has a memory limit worth the name: prefill reuses weights.
+    limit_tokens_per_s: Option<f64>,
+}
+
+pub fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
+    let prompts: Vec<usize> = args.prompt_tokens.iter().copied().filter(|n| *n > 0).collect();
+    let decodes: Vec<usize> = args.num_tokens.iter().copied().filter(|n| *n > 0).collect();
+    let longest = prompts.iter().chain(&decodes).copied().max().unwrap_or(0);
+    if longest == 0 {
+        bail!("nothing to measure: give -p or -n a number above 0");
+    }
+    let mut loaded = Loaded::open(&args.exec, Some(args.depth + longest), false, ui)?;
+    let vocab = loaded.session.model().spec().vocab_size;
+    let bar = ui.progress("measuring", u64::from(args.repetitions) * (prompts.len() + decodes.len()) as u64, false);
+    let mut results = Vec::new();
+    for (count, decode) in prompts.iter().map(|n| (*n, false)).chain(decodes.iter().map(|n| (*n, true))) {
+        let mut tokens_per_s = Vec::new();
+        // One warm-up, not counted: page faults, thread start, frequency.
+        for repetition in 0..=args.repetitions {
+            let tokens = random_tokens(args.depth + count, vocab, u64::from(repetition));
+            let (depth, rest) = tokens.split_at(args.depth);
+            loaded.session.reset();
+            if !depth.is_empty() {
+                loaded.session.prefill(depth)?;
+            }
+            let started = Instant::now();
+            if decode {
+                for token in rest {
+                    loaded.session.decode(*token)?;
+                }
+            } else {
+                loaded.session.prefill(rest)?;
+            }
+            if repetition > 0 {
+                tokens_per_s.push(count as f64 / started.elapsed().as_secs_f64());
+                bar.inc(1);
+            }
+        }
+        let limit_tokens_per_s = decode.then(|| loaded.decode_limit(args.depth + count / 2));
+        let test = format!("{}{count}", if decode { "tg" } else { "pp" });
+        results.push(Measured { test, tokens_per_s, limit_tokens_per_s });
+    }
+    bar.finish_and_clear();
+    print(&loaded, &results, args, ui)
+}
+
+fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Result<()> {
+    let bandwidth = probe::read_bandwidth(loaded.threads);
+    let rows: Vec<_> = results
+        .iter()
+        .map(|m| {
+            let mut sorted = m.tokens_per_s.clone();
+            sorted.sort_by(f64::total_cmp);
+            let median = median(&sorted);
+            (m, median, sorted[0], sorted[sorted.len() - 1])
+        })
+        .collect();
+    let value = json!({
+        "model": loaded.plan.plan().model, "device": loaded.device, "threads": loaded.threads, "depth": args.depth,
+        "read_bandwidth_bytes_per_s": bandwidth.0,
+        "predicted": { "decode_tokens_per_s": loaded.plan.plan().predicted.decode_tokens_per_s, "prefill_tokens_per_s": loaded.plan.plan().predicted.prefill_tokens_per_s },
+        "results": rows.iter().map(|(m, median, min, max)| json!({
+            "test": m.test, "tokens_per_s_median": median, "min": min, "max": max, "samples": m.tokens_per_s,
+            "limit_tokens_per_s": m.limit_tokens_per_s, "fraction_of_limit": m.limit_tokens_per_s.map(|l| median / l),
+        })).collect::<Vec<_>>(),
+    });
+    ui.result(&value, || {
+        let table = rows.iter().map(|(m, median, min, max)| {
+            vec![
+                m.test.clone(),
+                number(*median),
+                number(*min),
+                number(*max),
+                m.limit_tokens_per_s.map_or_else(|| "-".into(), number),
+                m.limit_tokens_per_s.map_or_else(|| "-".into(), |l| ui::percent(median / l)),
+            ]
+        });
+        format!(
+            "{} ({}), {} threads, depth {}\n{}\nmemory reads {bandwidth} with {} threads, measured just now",
+            loaded.plan.plan().model.name,
+            loaded.plan.plan().model.format,
+            loaded.threads,
+            args.depth,
+            ui::table(&["test", "tokens/s", "min", "max", "memory limit", "of limit"], table, true),
+            loaded.threads
+        )
+    })
+}
+
+fn median(sorted: &[f64]) -> f64 {
+    let mid = sorted.len() / 2;
+    if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[mid - 1], sorted[mid]) } else { sorted[mid] }
+}
+
+/// Token ids spread over the vocabulary (splitmix64), so that routing is not that of one repeated token.
+fn random_tokens(count: usize, vocab: u32, seed: u64) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (0..count)
+        .map(|_| {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ (z >> 31)) % u64::from(vocab)) as u32
+        })
+        .collect()
+}

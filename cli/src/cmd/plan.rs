@@ -1,0 +1,123 @@
+//! `tierwise plan`
+
+use crate::args::{ObjectiveArg, PlanArgs, PlanningArgs, SolverArg};
+use crate::model;
+use crate::ui::{self, Ui, number};
+use anyhow::{Context, Result};
+use serde_json::json;
+use std::time::Instant;
+use tierwise_cost::cost::Roofline;
+use tierwise_cost::model::ModelSpec;
+use tierwise_planner::explain::tier_table;
+use tierwise_planner::{Limits, Objective, Plan, Popularity, Problem, Request, SolverKind, make_plan};
+use tierwise_runtime::atomic_file::write_atomic;
+
+pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
+    let source = model::open(&args.model.model)?;
+    let spec = model::spec(&source, args.model.format.as_deref(), args.model.layers)?;
+    let (machine, origin) = model::machine(args.planning.machine.as_deref(), None)?;
+    ui.detail(format!("machine: {} ({origin})", machine.name));
+    let started = Instant::now();
+    let problem = Problem::new(&spec, &machine, request(&args.planning, &spec))?;
+    let plan = make_plan(&problem, &Roofline::default(), solver(args.planning.solver))?;
+    let solve_time_s = started.elapsed().as_secs_f64();
+    if let Some(path) = &args.output {
+        write_atomic(path, plan.to_json().as_bytes())?;
+    }
+    let mut value = serde_json::to_value(&plan).context("plan to JSON")?;
+    value["solve_time_s"] = json!(solve_time_s);
+    value["machine_origin"] = json!(origin);
+    value["plan_file"] = json!(args.output);
+    ui.result(&value, || {
+        let mut text = describe(&plan, &spec, &origin);
+        text += &format!("\nmade in {} ms by {}: {}\n", number(solve_time_s * 1e3), plan.solver, plan.solver_reason);
+        if let Some(path) = &args.output {
+            text += &format!("written to {}\n", path.display());
+        }
+        text
+    })
+}
+
+/// The request that the flags describe; the context defaults to what the model can take.
+pub fn request(args: &PlanningArgs, spec: &ModelSpec) -> Request {
+    let context = args.context.unwrap_or_else(|| default_context(spec));
+    let defaults = Request::default();
+    Request {
+        context,
+        batch: args.batch,
+        chunk_tokens: args.chunk,
+        prompt_tokens: defaults.prompt_tokens.min(context),
+        kv_format: args.kv,
+        objective: match args.objective {
+            ObjectiveArg::Decode => Objective::Decode,
+            ObjectiveArg::Prefill => Objective::Prefill,
+            ObjectiveArg::Mix => Objective::Mix,
+        },
+        limits: Limits { vram: args.vram, ram: args.ram, cxl: args.cxl, disk: args.disk },
+        popularity: Popularity::Uniform,
+        ..defaults
+    }
+}
+
+/// 4096 tokens, or what the model was made for if that is less.
+pub fn default_context(spec: &ModelSpec) -> u32 {
+    spec.context_length.min(4096)
+}
+
+fn solver(arg: SolverArg) -> SolverKind {
+    match arg {
+        SolverArg::Auto => SolverKind::Auto,
+        SolverArg::Greedy => SolverKind::Greedy,
+        SolverArg::Exhaustive => SolverKind::Exhaustive,
+    }
+}
+
+/// A plan for people: where things are, what every byte is for, what to expect.
+pub fn describe(plan: &Plan, spec: &ModelSpec, machine_origin: &str) -> String {
+    let mut text = format!(
+        "{} ({}, {}) on {} ({machine_origin}); context {}, batch {}, cache {}\n\n",
+        plan.model.name,
+        plan.model.format,
+        spec.total_bytes(),
+        plan.machine.name,
+        plan.request.context,
+        plan.request.batch,
+        plan.request.kv_format
+    );
+    text += "Where the experts are\n";
+    let rows = tier_table(plan).into_iter().map(|t| {
+        vec![t.memory.clone(), t.executor.clone(), t.experts.to_string(), t.bytes.to_string(), t.layers.clone()]
+    });
+    text += &ui::table(&["memory", "computed by", "experts", "bytes", "layers"], rows, false);
+    text += "\n\nWhat every byte is for\n";
+    let rows = plan.budgets.iter().flat_map(|b| {
+        let head = vec![b.memory.clone(), "budget".into(), b.capacity.to_string()];
+        let lines = b.lines.iter().filter(|l| l.bytes.0 > 0).map(|l| vec![String::new(), l.name.clone(), l.bytes.to_string()]);
+        std::iter::once(head).chain(lines.collect::<Vec<_>>())
+    });
+    text += &ui::table(&["memory", "line", "bytes"], rows, false);
+    let p = &plan.predicted;
+    text += "\n\nWhat to expect\n";
+    let speed = |what: &str, i: &tierwise_planner::plan::Interval, unit: &str| {
+        vec![what.to_string(), format!("{} {unit}", number(i.value)), format!("{} to {}", number(i.low), number(i.high))]
+    };
+    text += &ui::table(
+        &["", "predicted", "interval"],
+        [
+            speed("decode", &p.decode_tokens_per_s, "tokens/s"),
+            speed("prefill", &p.prefill_tokens_per_s, "tokens/s"),
+            speed("first token", &p.ttft_s, "s"),
+        ],
+        false,
+    );
+    let traffic: Vec<_> = p.bytes_per_token.iter().map(|t| format!("{} {}", t.bytes, t.on)).collect();
+    text += &format!("\nper token: {}; limited by {}\n", traffic.join(", "), p.binding);
+    text += &format!(
+        "objective {} ms, no plan is below {} ms (gap {}; bound: {})\n",
+        number(plan.objective_s * 1e3),
+        number(plan.lower_bound_s * 1e3),
+        ui::percent(plan.gap),
+        plan.bound_method
+    );
+    text
+}

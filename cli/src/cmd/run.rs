@@ -1,0 +1,177 @@
+//! `tierwise run`, and the generation loop that `demo` shares.
+
+use crate::args::{RunArgs, SamplingArgs};
+use crate::cmd::read_text;
+use crate::loaded::Loaded;
+use crate::ui::{self, Ui, number};
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tierwise_cost::units::Bytes;
+use tierwise_runtime::chat::{ChatTemplate, Message};
+use tierwise_runtime::sampler::{Sampler, SamplerConfig};
+use tierwise_runtime::tokenizer::{AddSpecial, StreamDecoder};
+
+pub fn run(args: &RunArgs, ui: &Ui) -> Result<()> {
+    let prompt = if args.prompt == "-" { read_text("-")? } else { args.prompt.clone() };
+    let mut loaded = Loaded::open(&args.exec, None, false, ui)?;
+    let tokens = encode(&loaded, &prompt, args.chat, args.system.as_deref())?;
+    let generated = generate(&mut loaded, &tokens, &args.sampling, args.ignore_eos, ui)?;
+    finish(&loaded, &tokens, &generated, args.report, ui)
+}
+
+/// Token ids of a prompt, in the model's chat form if asked.
+fn encode(loaded: &Loaded, prompt: &str, chat: bool, system: Option<&str>) -> Result<Vec<u32>> {
+    let tokenizer = loaded.tokenizer()?;
+    let tokens = if chat {
+        let Some(template) = tokenizer.chat_template() else {
+            bail!("the model has no chat template; run it without --chat");
+        };
+        let piece = |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned());
+        let template = ChatTemplate::new(template, piece(tokenizer.bos()).as_deref(), piece(tokenizer.eos()).as_deref())?;
+        let mut messages: Vec<Message> = system.map(|s| Message::new("system", s)).into_iter().collect();
+        messages.push(Message::new("user", prompt));
+        tokenizer.encode(&template.render(&messages, None, true)?, AddSpecial::Never, true)?
+    } else {
+        tokenizer.encode(prompt, AddSpecial::AsModel, false)?
+    };
+    if tokens.is_empty() {
+        bail!("the prompt is empty, and the model has no token to begin with; give at least one character with -p");
+    }
+    Ok(tokens)
+}
+
+/// What a run produced.
+pub struct Generated {
+    pub tokens: Vec<u32>,
+    pub text: String,
+    pub seed: u64,
+    pub prefill_s: f64,
+    pub decode_s: f64,
+    /// Why it ended: "length", "end of text", "context full".
+    pub stop: &'static str,
+}
+
+/// Prefill, then one token at a time, printed as they come.
+pub fn generate(loaded: &mut Loaded, prompt: &[u32], args: &SamplingArgs, ignore_eos: bool, ui: &Ui) -> Result<Generated> {
+    let seed = args.seed.unwrap_or_else(clock_seed);
+    let config = SamplerConfig { temperature: args.temp, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p, seed, ..SamplerConfig::default() };
+    let mut sampler = Sampler::new(config)?;
+    let Loaded { session, tokenizer, .. } = loaded;
+    let tokenizer = tokenizer.as_ref().map_err(|e| anyhow::anyhow!("{e}"))?;
+    let mut stream = StreamDecoder::new(tokenizer);
+    let mut out = Generated { tokens: Vec::new(), text: String::new(), seed, prefill_s: 0.0, decode_s: 0.0, stop: "length" };
+    let mut logits = session.prefill(prompt)?.to_vec();
+    out.prefill_s = session.statistics().prefill_time.as_secs_f64();
+    while out.tokens.len() < args.num_tokens {
+        let token = sampler.sample(&mut logits)?;
+        if tokenizer.is_end_of_generation(token) && !ignore_eos {
+            out.stop = "end of text";
+            break;
+        }
+        out.tokens.push(token);
+        if let Some(text) = stream.push(token) {
+            if !ui.json {
+                ui.out(&text)?;
+            }
+            out.text += &text;
+        }
+        if out.tokens.len() == args.num_tokens {
+            break;
+        }
+        if session.len() == session.context() {
+            out.stop = "context full";
+            break;
+        }
+        logits.clear();
+        logits.extend_from_slice(session.decode(token)?);
+    }
+    let rest = stream.finish();
+    if !ui.json {
+        ui.out(&format!("{rest}\n"))?;
+    }
+    out.text += &rest;
+    out.decode_s = session.statistics().decode_time.as_secs_f64();
+    Ok(out)
+}
+
+fn clock_seed() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64 & 0xffff_ffff)
+}
+
+/// The result in JSON, and the report if asked.
+fn finish(loaded: &Loaded, prompt: &[u32], g: &Generated, report: bool, ui: &Ui) -> Result<()> {
+    let value = to_json(loaded, prompt, g);
+    if ui.json {
+        return ui.result(&value, String::new);
+    }
+    if g.stop == "context full" {
+        ui.note(format!("stopped: the context of {} tokens is full; raise --context", loaded.session.context()));
+    }
+    if report {
+        ui.note(format!("\n{}", report_text(loaded, prompt, g)));
+    }
+    ui.detail(format!("seed {}", g.seed));
+    Ok(())
+}
+
+/// Tokens per second, or 0 when nothing was timed.
+fn rate(count: usize, seconds: f64) -> f64 {
+    if count == 0 || seconds <= 0.0 { 0.0 } else { count as f64 / seconds }
+}
+
+/// Position at which decode was measured: the middle of what was generated.
+fn middle(prompt: &[u32], g: &Generated) -> usize {
+    prompt.len() + g.tokens.len() / 2
+}
+
+/// The JSON contract of `run`.
+pub fn to_json(loaded: &Loaded, prompt: &[u32], g: &Generated) -> Value {
+    let statistics = loaded.session.statistics();
+    let engine = &statistics.engine;
+    let p = &loaded.plan.plan().predicted;
+    let by_tier: serde_json::Map<String, Value> = loaded
+        .plan
+        .plan()
+        .tiers
+        .iter()
+        .zip(&engine.bytes_loaded_by_tier)
+        .filter(|(_, b)| b.0 > 0)
+        .map(|(t, b)| (t.memory.clone(), json!(b.0)))
+        .collect();
+    json!({
+        "text": g.text, "tokens": g.tokens, "prompt_tokens": prompt.len(), "stop": g.stop, "seed": g.seed,
+        "device": loaded.device, "threads": loaded.threads,
+        "prefill_tokens_per_s": rate(prompt.len(), g.prefill_s), "decode_tokens_per_s": rate(statistics.decode_tokens, g.decode_s),
+        "ttft_s": g.prefill_s, "hit_rate": engine.hit_rate(), "hits": engine.hits, "misses": engine.misses, "bytes_by_link": by_tier,
+        "predicted": {
+            "decode_tokens_per_s": p.decode_tokens_per_s.value, "decode_low": p.decode_tokens_per_s.low, "decode_high": p.decode_tokens_per_s.high,
+            "prefill_tokens_per_s": p.prefill_tokens_per_s.value,
+        },
+        "limit": { "decode_tokens_per_s": loaded.decode_limit(middle(prompt, g)) },
+    })
+}
+
+/// Predicted, measured, limit.
+pub fn report_text(loaded: &Loaded, prompt: &[u32], g: &Generated) -> String {
+    let statistics = loaded.session.statistics();
+    let p = &loaded.plan.plan().predicted;
+    let limit = loaded.decode_limit(middle(prompt, g));
+    let decode = rate(statistics.decode_tokens, g.decode_s);
+    let interval = |i: &tierwise_planner::plan::Interval| format!("{} ({} to {})", number(i.value), number(i.low), number(i.high));
+    let mut text = ui::table(
+        &["tokens/s", "predicted", "measured", "memory limit", "of limit"],
+        [
+            vec!["decode".into(), interval(&p.decode_tokens_per_s), number(decode), number(limit), ui::percent(decode / limit)],
+            vec!["prefill".into(), interval(&p.prefill_tokens_per_s), number(rate(prompt.len(), g.prefill_s)), "-".into(), "-".into()],
+        ],
+        true,
+    );
+    let e = &statistics.engine;
+    text += &format!("\n{} prompt tokens, {} generated ({})", prompt.len(), g.tokens.len(), g.stop);
+    if e.loads > 0 {
+        let loaded_bytes: u64 = e.bytes_loaded_by_tier.iter().map(|b| b.0).sum();
+        text += &format!("; expert cache: {} hits, {} read from disk", ui::percent(e.hit_rate()), Bytes(loaded_bytes));
+    }
+    text
+}

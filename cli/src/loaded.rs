@@ -1,0 +1,153 @@
+//! A model made ready to run: opened, planned for this machine (or by the user's plan), its session started.
+
+use crate::args::{DeviceArg, ExecArgs};
+use crate::cmd::plan::default_context;
+use crate::model;
+use crate::ui::Ui;
+use anyhow::{Context, Result, bail};
+use std::path::Path;
+use std::sync::Arc;
+use tierwise_cost::cost::{Roofline, step_limit};
+use tierwise_cost::machine::{Machine, MemoryKind, ProcessorKind};
+use tierwise_cost::model::ModelSpec;
+use tierwise_cost::op::Batch;
+use tierwise_cost::units::Bytes;
+use tierwise_planner::{CheckedPlan, Limits, Plan, Problem, Request, SolverKind, make_plan};
+use tierwise_runtime::backend::Choice;
+use tierwise_runtime::import::ModelSource;
+use tierwise_runtime::session::{Model, Session, SessionConfig};
+use tierwise_runtime::tokenizer::Tokenizer;
+
+/// A model ready to run.
+pub struct Loaded {
+    pub session: Session,
+    /// `None` when the files carry none: token ids can still be run.
+    pub tokenizer: Result<Tokenizer, String>,
+    pub plan: CheckedPlan,
+    pub machine: Machine,
+    /// Where it executes, and why there.
+    pub device: String,
+    pub threads: usize,
+}
+
+impl Loaded {
+    /// Opens, plans, checks and starts. `min_context` is what the caller is going to need, if it knows.
+    pub fn open(args: &ExecArgs, min_context: Option<usize>, capture_routing: bool, ui: &Ui) -> Result<Self> {
+        let choice = match args.device {
+            DeviceArg::Auto => Choice::Auto,
+            DeviceArg::Cpu => Choice::Cpu,
+            DeviceArg::Wgpu => Choice::Wgpu,
+            DeviceArg::Cuda => Choice::Cuda,
+        };
+        let device = choice.resolve()?;
+        let threads = threads(args.threads)?;
+        let source = model::open(&args.model)?;
+        if !source.has_weights() {
+            bail!(
+                "{}: a description without weights cannot be run; download the model, or make random weights: tierwise synth {} -o model.gguf",
+                args.model,
+                args.model
+            );
+        }
+        let tokenizer = tokenizer(&source);
+        let (machine, origin) = model::machine(None, Some(threads))?;
+        ui.detail(format!("machine: {} ({origin})", machine.name));
+        let model = Arc::new(Model::new(source)?);
+        let plan = match &args.plan {
+            Some(path) => read_plan(path)?.check(model.spec(), None).with_context(|| path.display().to_string())?,
+            None => plan_for(model.spec(), &machine, args, min_context)?.check(model.spec(), Some(&machine))?,
+        };
+        ui.note(format!("{}; {threads} threads; {}", device_line(&device), place_line(&plan)));
+        let session = Session::open(model, &plan, SessionConfig { threads, capture_routing, record: false })?;
+        Ok(Self { session, tokenizer, plan, machine, device, threads })
+    }
+
+    /// The tokenizer, or why there is none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_ref().map_err(|e| anyhow::anyhow!("{e}"))
+    }
+
+    /// Tokens per second that this machine's memory allows at most for one token after `past` others, and what that rests on.
+    pub fn decode_limit(&self, past: usize) -> f64 {
+        let seconds = step_limit(self.session.model().spec(), Batch::decode(past as u32), self.plan.kv_format(), &self.machine);
+        1.0 / seconds.0
+    }
+}
+
+fn device_line(device: &str) -> String {
+    format!("running on {device}")
+}
+
+/// How many experts are in memory and how many on disk.
+fn place_line(plan: &CheckedPlan) -> String {
+    let (mut in_memory, mut on_disk) = (0u64, 0u64);
+    for layer in plan.moe_layers() {
+        for expert in 0..plan.num_experts(*layer) {
+            match plan.tier(plan.tier_of(*layer, expert)).kind {
+                MemoryKind::Disk => on_disk += 1,
+                MemoryKind::Vram | MemoryKind::Dram | MemoryKind::Cxl => in_memory += 1,
+            }
+        }
+    }
+    if on_disk == 0 {
+        format!("all {in_memory} experts in memory")
+    } else {
+        format!("{in_memory} experts in memory, {on_disk} on disk with {} of slots", plan.slot_bytes())
+    }
+}
+
+fn threads(asked: Option<usize>) -> Result<usize> {
+    match asked {
+        Some(0) => bail!("--threads 0: expected at least 1"),
+        Some(n) if n > 1024 => bail!("--threads {n}: expected at most 1024"),
+        Some(n) => Ok(n),
+        None => Ok(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
+    }
+}
+
+fn tokenizer(source: &ModelSource) -> Result<Tokenizer, String> {
+    match source {
+        ModelSource::Gguf { gguf, .. } => Tokenizer::from_gguf(gguf),
+        ModelSource::Folder(folder) => Tokenizer::from_hf_folder(folder.weights().path()),
+        ModelSource::Description { .. } => return Err("a description has no tokenizer".into()),
+    }
+    .map_err(|e| e.to_string())
+}
+
+fn read_plan(path: &Path) -> Result<Plan> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read plan {}", path.display()))?;
+    Plan::from_json(&text).with_context(|| path.display().to_string())
+}
+
+/// A plan for what this build can execute on this machine: its processors without the GPUs.
+pub fn plan_for(spec: &ModelSpec, machine: &Machine, args: &ExecArgs, min_context: Option<usize>) -> Result<Plan> {
+    let wanted = args.context.unwrap_or_else(|| {
+        let needed = min_context.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+        default_context(spec).max(needed).min(spec.context_length)
+    });
+    if let Some(vram) = args.vram
+        && vram < Bytes::mib(1)
+    {
+        bail!("--vram {vram}: too small to hold anything; leave it out to run on the CPU, or give at least 1 MiB");
+    }
+    let request = Request {
+        context: wanted,
+        chunk_tokens: args.chunk.min(wanted.max(1)),
+        prompt_tokens: Request::default().prompt_tokens.min(wanted.max(1)),
+        kv_format: args.kv,
+        limits: Limits { ram: args.ram, vram: args.vram, ..Limits::default() },
+        ..Request::default()
+    };
+    let machine = without_gpus(machine);
+    Ok(make_plan(&Problem::new(spec, &machine, request)?, &Roofline::default(), SolverKind::Auto)?)
+}
+
+/// The machine as this build can use it.
+fn without_gpus(machine: &Machine) -> Machine {
+    let mut machine = machine.clone();
+    machine.processors.retain(|p| p.kind == ProcessorKind::Cpu);
+    let gone: Vec<String> = machine.memories.iter().filter(|m| m.kind == MemoryKind::Vram).map(|m| m.id.clone()).collect();
+    machine.memories.retain(|m| m.kind != MemoryKind::Vram);
+    machine.links.retain(|l| !gone.contains(&l.from) && !gone.contains(&l.to));
+    machine
+}
