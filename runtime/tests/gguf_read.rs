@@ -321,6 +321,38 @@ fn the_tiny_model_is_read() {
     }
 }
 
+/// These files were written by other programs (the converter and the quantiser of llama.cpp), so our writer is held against theirs.
+#[test]
+fn a_file_written_again_has_the_same_bytes() {
+    let mut files = Vec::new();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    for model in ["mixtral", "olmoe", "qwen2moe", "qwen3moe"] {
+        files.extend(gguf_files(&golden.join(model)));
+    }
+    if let Some(folder) = shared("models/tiny") {
+        files.extend(gguf_files(&folder));
+    }
+    assert!(files.len() >= 4, "{files:?}");
+    let folder = tempfile::tempdir().unwrap();
+    for path in files {
+        let gguf = Gguf::open(&path).unwrap();
+        let copy = folder.path().join("copy.gguf");
+        let mut writer = GgufWriter::new(&copy, gguf.alignment()).unwrap();
+        for (key, value) in gguf.metadata().iter().filter(|(key, _)| *key != "general.alignment") {
+            writer.meta(key, value.clone()).unwrap();
+        }
+        for t in gguf.tensors() {
+            writer.tensor(&t.name, &t.shape, t.format).unwrap();
+        }
+        let mut data = writer.start().unwrap();
+        for t in gguf.tensors() {
+            data.write(&t.name, gguf.data(t)).unwrap();
+        }
+        data.finish().unwrap();
+        assert!(std::fs::read(&copy).unwrap() == std::fs::read(&path).unwrap(), "{} differs", path.display());
+    }
+}
+
 #[test]
 fn vocabulary_files_without_tensors_are_read() {
     let Some(folder) = shared("data/vocab") else { return };
