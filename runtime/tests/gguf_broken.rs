@@ -227,6 +227,24 @@ fn what_is_not_a_file_is_explained() {
     }
 }
 
+/// A file that is really as long as its false length says (a sparse one costs nothing) must not make us take memory for it.
+#[test]
+fn a_huge_header_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("huge.gguf");
+    for (type_id, count) in [(U8, 1u64 << 31), (U64, 1 << 28), (STRING, 1 << 28)] {
+        let header = with(|raw| {
+            raw.entries.push(entry("x", ARRAY, &array(type_id, count, &[])));
+            raw.tensors.clear();
+            raw.data.clear();
+        });
+        std::fs::write(&path, &header).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(4 << 30).unwrap();
+        let message = Gguf::open(&path).map(|_| ()).unwrap_err().to_string();
+        assert!(message.contains("\"x\"") && message.contains("within the first 134217728 bytes"), "{message}");
+    }
+}
+
 #[test]
 fn a_file_cut_anywhere_is_an_error() {
     let good = Raw::good().bytes();

@@ -150,15 +150,16 @@ fn the_writer_refuses_what_would_not_be_read() {
     assert!(writer.tensor("t", &[2, 32], QuantFormat::Q8_0).is_err(), "twice");
     for shape in [&[][..], &[0], &[33], &[1, 1, 1, 1, 32], &[u64::MAX, 32]] {
         assert!(writer.tensor("u", shape, QuantFormat::Q8_0).is_err(), "{shape:?}");
-        assert!(writer.tensor("v", &[2, 32], QuantFormat::F32).is_ok() || shape.len() != 0, "a refused tensor leaves no trace");
     }
+    // What was refused leaves no trace.
+    writer.tensor("u", &[2, 32], QuantFormat::F32).unwrap();
     let mut data = writer.start().unwrap();
-    let message = data.write("v", &[0; 4]).unwrap_err().to_string();
-    assert!(message.contains("\"v\"") && message.contains("68 bytes more of \"t\""), "{message}");
+    let message = data.write("u", &[0; 4]).unwrap_err().to_string();
+    assert!(message.contains("\"u\"") && message.contains("68 bytes more of \"t\""), "{message}");
     assert!(data.write("t", &[0; 69]).is_err(), "too much");
     data.write("t", &[0; 68]).unwrap();
     let message = data.finish().unwrap_err().to_string();
-    assert!(message.contains("1 of 2 tensors") && message.contains("256 bytes more of \"v\""), "{message}");
+    assert!(message.contains("1 of 2 tensors") && message.contains("256 bytes more of \"u\""), "{message}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "no file, no litter");
 }
 
