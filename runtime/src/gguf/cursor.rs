@@ -131,7 +131,7 @@ impl<'a> Cursor<'a> {
 
 /// Metadata and tensor table may not be longer: what is read from them takes a few times as much memory. Real ones have some
 /// ten million bytes, nearly all of it vocabulary.
-pub(super) const MAX_HEADER_BYTES: usize = 256 << 20;
+pub(super) const MAX_HEADER_BYTES: usize = 128 << 20;
 
 /// Longest key that the specification allows (2^16 - 1 bytes); tensor names are shorter still.
 pub(super) const MAX_NAME_BYTES: usize = 65_535;

@@ -3,10 +3,10 @@
 //! Everything here treats the file as hostile: no length is believed, and nothing allocated for it, before it was compared with
 //! the bytes that are there. Layout: `docs/gguf.md` of the ggml project.
 //!
-//! * [`file`]: an open model, one file or several ([`Gguf`]); `split`: names and checks of split models.
+//! * [`mod@file`]: an open model, one file or several ([`Gguf`]); `split`: names and checks of split models.
 //! * [`header`]: bytes to [`Header`], without IO; `cursor`: bounded reads; [`tensors`]: the tensor table and its checks.
 //! * [`value`], [`metadata`]: typed metadata.
-//! * [`write`]: [`GgufWriter`], the only place where files are made.
+//! * [`mod@write`]: [`GgufWriter`], the only place where files are made.
 
 mod cursor;
 pub mod file;

@@ -1,6 +1,6 @@
 //! The tensor table of a GGUF file and every check that makes its offsets safe to follow.
 //!
-//! After [`read_table`] each tensor lies inside the file, is aligned, overlaps no other and has exactly the bytes of its shape.
+//! After `place` each tensor lies inside the file, is aligned, overlaps no other and has exactly the bytes of its shape.
 
 use super::cursor::{Cursor, shorten};
 use crate::error::{Result, RuntimeError};

@@ -81,9 +81,6 @@ impl GgufWriter {
         format: QuantFormat,
     ) -> Result<()> {
         check_name("GGUF tensor name", name)?;
-        if !self.names.insert(name.to_string()) {
-            return Err(bad("GGUF tensor name", format!("{name:?} twice"), "each tensor once"));
-        }
         let bytes = match format.tensor_bytes(shape) {
             Some(bytes) if bytes.0 > 0 && shape.len() <= 4 => bytes.0,
             _ => {
@@ -95,10 +92,14 @@ impl GgufWriter {
             }
         };
         let offset = self.next_offset;
-        self.next_offset = offset
+        let next_offset = offset
             .checked_add(bytes)
             .and_then(|end| end.checked_next_multiple_of(self.alignment))
             .ok_or_else(|| bad("GGUF size", "more than 2^64 bytes", "a file that can exist"))?;
+        if !self.names.insert(name.to_string()) {
+            return Err(bad("GGUF tensor name", format!("{name:?} twice"), "each tensor once"));
+        }
+        self.next_offset = next_offset;
         self.tensors.push(TensorInfo { name: name.to_string(), shape: shape.to_vec(), format, bytes, part: 0, offset });
         Ok(())
     }

@@ -87,7 +87,7 @@ pub struct ActivationQ8K {
 }
 
 /// Below this largest magnitude a block counts as zero: the scale would be subnormal and its reciprocal overflow.
-pub(crate) const SMALLEST_MAGNITUDE: f32 = 127.0 * f32::MIN_POSITIVE;
+const SMALLEST_MAGNITUDE: f32 = 127.0 * f32::MIN_POSITIVE;
 
 /// `(scale, reciprocal of the scale)` for a block whose largest magnitude is given; `(0, 0)` for a zero block.
 /// A magnitude that is not finite gives `(NaN, 0)`: all codes 0 and every product NaN, so that the fault shows.

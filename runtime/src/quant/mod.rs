@@ -16,13 +16,15 @@ mod mxfp4;
 mod tables;
 
 pub use activation::{ActivationFormat, ActivationQ8_1, ActivationQ8K, activation_format};
-pub(crate) use activation::{encode_q8_1, encode_q8k};
+pub(crate) use activation::{encode_q8_1, encode_q8k, scale_and_inverse};
 pub use encode::quantize_row;
 pub use float::{BlockBf16, BlockF16, BlockF32};
 pub use iq4::{BlockIq4Nl, BlockIq4Xs};
+pub(crate) use k_quants::unpack_scales;
 pub use k_quants::{BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8K};
 pub use legacy::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
 pub use mxfp4::BlockMxfp4;
+pub(crate) use mxfp4::half_scale as mxfp4_half_scale;
 pub(crate) use tables::{IQ4_VALUES, MXFP4_VALUES};
 
 use tierwise_cost::quant::QuantFormat;
@@ -45,23 +47,74 @@ pub trait Block: bytemuck::Pod {
 macro_rules! with_block {
     ($format:expr, $B:ident => $body:expr) => {
         match $format {
-            QuantFormat::F32 => { type $B = $crate::quant::BlockF32; $body }
-            QuantFormat::F16 => { type $B = $crate::quant::BlockF16; $body }
-            QuantFormat::BF16 => { type $B = $crate::quant::BlockBf16; $body }
-            QuantFormat::Q4_0 => { type $B = $crate::quant::BlockQ4_0; $body }
-            QuantFormat::Q4_1 => { type $B = $crate::quant::BlockQ4_1; $body }
-            QuantFormat::Q5_0 => { type $B = $crate::quant::BlockQ5_0; $body }
-            QuantFormat::Q5_1 => { type $B = $crate::quant::BlockQ5_1; $body }
-            QuantFormat::Q8_0 => { type $B = $crate::quant::BlockQ8_0; $body }
-            QuantFormat::Q2_K => { type $B = $crate::quant::BlockQ2K; $body }
-            QuantFormat::Q3_K => { type $B = $crate::quant::BlockQ3K; $body }
-            QuantFormat::Q4_K => { type $B = $crate::quant::BlockQ4K; $body }
-            QuantFormat::Q5_K => { type $B = $crate::quant::BlockQ5K; $body }
-            QuantFormat::Q6_K => { type $B = $crate::quant::BlockQ6K; $body }
-            QuantFormat::Q8_K => { type $B = $crate::quant::BlockQ8K; $body }
-            QuantFormat::IQ4_NL => { type $B = $crate::quant::BlockIq4Nl; $body }
-            QuantFormat::IQ4_XS => { type $B = $crate::quant::BlockIq4Xs; $body }
-            QuantFormat::MXFP4 => { type $B = $crate::quant::BlockMxfp4; $body }
+            QuantFormat::F32 => {
+                type $B = $crate::quant::BlockF32;
+                $body
+            }
+            QuantFormat::F16 => {
+                type $B = $crate::quant::BlockF16;
+                $body
+            }
+            QuantFormat::BF16 => {
+                type $B = $crate::quant::BlockBf16;
+                $body
+            }
+            QuantFormat::Q4_0 => {
+                type $B = $crate::quant::BlockQ4_0;
+                $body
+            }
+            QuantFormat::Q4_1 => {
+                type $B = $crate::quant::BlockQ4_1;
+                $body
+            }
+            QuantFormat::Q5_0 => {
+                type $B = $crate::quant::BlockQ5_0;
+                $body
+            }
+            QuantFormat::Q5_1 => {
+                type $B = $crate::quant::BlockQ5_1;
+                $body
+            }
+            QuantFormat::Q8_0 => {
+                type $B = $crate::quant::BlockQ8_0;
+                $body
+            }
+            QuantFormat::Q2_K => {
+                type $B = $crate::quant::BlockQ2K;
+                $body
+            }
+            QuantFormat::Q3_K => {
+                type $B = $crate::quant::BlockQ3K;
+                $body
+            }
+            QuantFormat::Q4_K => {
+                type $B = $crate::quant::BlockQ4K;
+                $body
+            }
+            QuantFormat::Q5_K => {
+                type $B = $crate::quant::BlockQ5K;
+                $body
+            }
+            QuantFormat::Q6_K => {
+                type $B = $crate::quant::BlockQ6K;
+                $body
+            }
+            QuantFormat::Q8_K => {
+                type $B = $crate::quant::BlockQ8K;
+                $body
+            }
+            QuantFormat::IQ4_NL => {
+                type $B = $crate::quant::BlockIq4Nl;
+                $body
+            }
+            QuantFormat::IQ4_XS => {
+                type $B = $crate::quant::BlockIq4Xs;
+                $body
+            }
+            QuantFormat::MXFP4 => {
+                type $B = $crate::quant::BlockMxfp4;
+                $body
+            }
         }
     };
 }

@@ -118,7 +118,7 @@ fn parts_are_found_by_their_index() {
         file(&format!(r#"{{"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#), name.repeat(4).as_bytes())
     };
     let index = |map: &str| {
-        write("model.safetensors.index.json", format!(r#"{{"metadata":{{"total_size":8}},"weight_map":{map}}}"#).as_bytes())
+        write("model.safetensors.index.json", format!(r#"{{"metadata":{{"total_size":8}},"weight_map":{map}}}"#).as_bytes());
     };
     let message = || SafeTensors::open(folder.path()).map(|_| ()).unwrap_err().to_string();
 
