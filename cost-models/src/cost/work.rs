@@ -1,0 +1,233 @@
+//! Bytes read and operations done: per operation of the lowering, per layer, per step.
+//!
+//! A matrix is read once per step, however many tokens use it; of routed experts only the distinct ones are read. Under uniform
+//! independent routing B tokens reach E (1 - (1 - k/E)^B) of E experts (algorithms §1). Activations are not counted: they stay in
+//! caches or are small beside the weights.
+
+use crate::machine::Machine;
+use crate::model::{Attention, Ffn, ModelSpec, Moe, TensorId, TensorRole, TensorSpec};
+use crate::op::{Batch, Op, OpKind};
+use crate::quant::QuantFormat;
+use crate::units::{Bytes, BytesPerS, Seconds};
+
+/// Bytes and operations.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Work {
+    /// Weights read.
+    pub weight_bytes: Bytes,
+    /// Keys and values read.
+    pub kv_bytes: Bytes,
+    /// Floating-point operations; a multiply-add counts as two.
+    pub flops: f64,
+}
+
+impl Work {
+    /// All bytes read.
+    pub fn bytes(&self) -> Bytes {
+        self.weight_bytes + self.kv_bytes
+    }
+}
+
+impl std::ops::AddAssign for Work {
+    fn add_assign(&mut self, o: Self) {
+        self.weight_bytes += o.weight_bytes;
+        self.kv_bytes += o.kv_bytes;
+        self.flops += o.flops;
+    }
+}
+impl std::ops::Add for Work {
+    type Output = Self;
+    fn add(mut self, o: Self) -> Self {
+        self += o;
+        self
+    }
+}
+impl std::iter::Sum for Work {
+    fn sum<I: Iterator<Item = Self>>(iter: I) -> Self {
+        iter.fold(Self::default(), std::ops::Add::add)
+    }
+}
+
+/// Work of one layer in one step.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct LayerWork {
+    /// Everything but routed experts.
+    pub resident: Work,
+    /// All routed experts that the step reaches.
+    pub routed: Work,
+    /// One reached expert, with its mean number of tokens.
+    pub expert: Work,
+    /// Expected number of distinct experts reached.
+    pub active_experts: f64,
+}
+
+/// Work of one step.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct StepWork {
+    /// Per layer, first to last.
+    pub layers: Vec<LayerWork>,
+    /// Embedding, last norm, output projection.
+    pub outside: Work,
+}
+
+impl StepWork {
+    /// Everything together.
+    pub fn total(&self) -> Work {
+        self.layers.iter().map(|l| l.resident + l.routed).sum::<Work>() + self.outside
+    }
+}
+
+/// Expected number of distinct experts that `tokens` tokens reach, `experts_per_token` of `num_experts` each, uniform and independent.
+pub fn expected_distinct(num_experts: u32, experts_per_token: u32, tokens: u32) -> f64 {
+    let (e, k) = (f64::from(num_experts), f64::from(experts_per_token.min(num_experts)));
+    // One token reaches exactly k: spared the rounding of 1 - (1 - k/E).
+    if tokens == 1 { k } else { e * (1.0 - (1.0 - k / e).powf(f64::from(tokens))) }
+}
+
+/// Bytes and operations of one operation of [`crate::op::lower`].
+pub fn op_work(spec: &ModelSpec, op: &Op, batch: Batch, kv_format: QuantFormat) -> Work {
+    let weight = |id: &TensorId| {
+        let t = &spec.tensors[id.0 as usize];
+        tensor_work(t, rows_of(spec, t, batch))
+    };
+    match &op.kind {
+        OpKind::Embed { table } => embed_work(&spec.tensors[table.0 as usize], batch),
+        // The output projection may be the embedding table: its rows follow from the use, not from the role.
+        OpKind::MatMul { weight: w, output: crate::op::Slot::Logits, .. } => {
+            tensor_work(&spec.tensors[w.0 as usize], batch.logits)
+        }
+        OpKind::MatMul { weight: w, bias, .. } => weight(w) + bias.iter().map(weight).sum(),
+        OpKind::RmsNorm { weight: w, .. } | OpKind::QkNorm { weight: w, .. } | OpKind::Route { weight: w, .. } => weight(w),
+        OpKind::Ffn { gate, up, down, sigmoid_gate, .. } => [gate, up, down].into_iter().chain(sigmoid_gate).map(weight).sum(),
+        OpKind::RoutedExperts { gate, up, down, moe } => [gate, up, down]
+            .into_iter()
+            .map(|id| {
+                let t = &spec.tensors[id.0 as usize];
+                routed_work(t, moe, rows_of(spec, t, batch))
+            })
+            .sum(),
+        OpKind::Attention(_) => op.layer.map_or_else(Work::default, |l| attention_work(spec, l, batch, kv_format)),
+        // No weights and few operations beside the matrices.
+        OpKind::Rope { .. } | OpKind::AddDelta | OpKind::SelectRows => Work::default(),
+    }
+}
+
+/// Bytes and operations of one step, layer by layer. Also for models that can be planned but not run, which have no lowering:
+/// every tensor of the table is read once.
+pub fn step_work(spec: &ModelSpec, batch: Batch, kv_format: QuantFormat) -> StepWork {
+    let mut step = StepWork { layers: vec![LayerWork::default(); spec.layers.len()], outside: Work::default() };
+    for t in &spec.tensors {
+        let rows = rows_of(spec, t, batch);
+        let Some(l) = t.layer else {
+            step.outside += match t.role {
+                TensorRole::TokenEmbedding if spec.tie_word_embeddings => embed_work(t, batch) + tensor_work(t, batch.logits),
+                TensorRole::TokenEmbedding => embed_work(t, batch),
+                _ => tensor_work(t, rows),
+            };
+            continue;
+        };
+        let layer = &mut step.layers[l as usize];
+        match &spec.layers[l as usize].ffn {
+            Ffn::Moe(moe) if t.role.is_routed_expert() => {
+                layer.routed += routed_work(t, moe, rows);
+                layer.active_experts = expected_distinct(moe.num_experts, moe.experts_per_token, rows);
+                let share = f64::from(rows) * f64::from(moe.experts_per_token) / layer.active_experts.max(1e-9);
+                layer.expert += Work {
+                    weight_bytes: Bytes(t.bytes.0 / t.shape[0]),
+                    kv_bytes: Bytes::ZERO,
+                    flops: 2.0 * share * (t.elements() / t.shape[0]) as f64,
+                };
+            }
+            _ => layer.resident += tensor_work(t, rows),
+        }
+    }
+    for (l, layer) in step.layers.iter_mut().enumerate() {
+        layer.resident += attention_work(spec, l as u32, batch, kv_format);
+    }
+    step
+}
+
+/// Least time of a step: every byte read once from a memory of this rate.
+pub fn step_limit_at(spec: &ModelSpec, batch: Batch, kv_format: QuantFormat, rate: BytesPerS) -> Seconds {
+    step_work(spec, batch, kv_format).total().bytes() / rate
+}
+
+/// Least time of a step on a machine: every byte read once from the main processor's home memory at its full rate.
+pub fn step_limit(spec: &ModelSpec, batch: Batch, kv_format: QuantFormat, machine: &Machine) -> Seconds {
+    let home = machine.home(machine.main_processor());
+    step_limit_at(spec, batch, kv_format, home.read_bandwidth.value)
+}
+
+/// Rows of activations that meet tensor `t`: after the last layer's attention only those whose logits are wanted.
+fn rows_of(spec: &ModelSpec, t: &TensorSpec, batch: Batch) -> u32 {
+    use TensorRole as R;
+    let after_last_attention = match t.layer {
+        None => t.role != R::TokenEmbedding,
+        Some(l) => {
+            l as usize + 1 == spec.layers.len()
+                && matches!(
+                    t.role,
+                    R::FfnNorm
+                        | R::Router
+                        | R::RouterBias
+                        | R::ExpertGate
+                        | R::ExpertUp
+                        | R::ExpertDown
+                        | R::LatentDown
+                        | R::LatentUp
+                        | R::SharedRouter
+                        | R::SharedGate
+                        | R::SharedUp
+                        | R::SharedDown
+                        | R::DenseGate
+                        | R::DenseUp
+                        | R::DenseDown
+                )
+        }
+    };
+    if after_last_attention { batch.logits } else { batch.tokens }
+}
+
+/// A tensor read once and applied to `rows` rows: two operations per element of a matrix, four per element of a norm.
+fn tensor_work(t: &TensorSpec, rows: u32) -> Work {
+    let per_element = if t.shape.len() >= 2 { 2.0 } else { 4.0 };
+    Work { weight_bytes: t.bytes, kv_bytes: Bytes::ZERO, flops: per_element * t.elements() as f64 * f64::from(rows) }
+}
+
+fn embed_work(t: &TensorSpec, batch: Batch) -> Work {
+    let row = t.bytes.0 / t.shape[0];
+    Work { weight_bytes: Bytes((row * u64::from(batch.tokens)).min(t.bytes.0)), kv_bytes: Bytes::ZERO, flops: 0.0 }
+}
+
+/// A tensor of routed experts: the distinct slices are read, every row meets `experts_per_token` of them.
+fn routed_work(t: &TensorSpec, moe: &Moe, rows: u32) -> Work {
+    let distinct = expected_distinct(moe.num_experts, moe.experts_per_token, rows);
+    let per_expert = (t.elements() / t.shape[0]) as f64;
+    Work {
+        weight_bytes: Bytes((distinct * (t.bytes.0 / t.shape[0]) as f64).round() as u64),
+        kv_bytes: Bytes::ZERO,
+        flops: 2.0 * f64::from(rows) * f64::from(moe.experts_per_token) * per_expert,
+    }
+}
+
+/// Keys and values of all positions read once per sequence; scores and weighted sums over the visible positions.
+fn attention_work(spec: &ModelSpec, layer: u32, batch: Batch, kv_format: QuantFormat) -> Work {
+    let sequences = batch.sequences.max(1);
+    let new = f64::from(batch.tokens) / f64::from(sequences);
+    let length = u64::from(batch.past) + u64::from(batch.tokens.div_ceil(sequences));
+    let (window, flops_per_pair) = match &spec.layers[layer as usize].attention {
+        Attention::Gqa(a) => (a.sliding_window, 4.0 * f64::from(a.num_heads) * f64::from(a.head_dim)),
+        // Queries absorbed into the latent space: scores over rank + rotated width, sums over the rank.
+        Attention::Mla(a) => (None, 2.0 * f64::from(a.num_heads) * f64::from(2 * a.kv_lora_rank + a.qk_rope_head_dim)),
+        // Known only by its size: at least one multiply-add per cached element.
+        Attention::PlanOnly(m) => (m.sliding_window, 2.0 * m.kv_elements_per_token as f64),
+    };
+    // Token i of the new ones sees past + i + 1 positions, or the window.
+    let visible = f64::from(batch.past) + (new + 1.0) / 2.0;
+    let visible = window.map_or(visible, |w| visible.min(f64::from(w)));
+    Work {
+        weight_bytes: Bytes::ZERO,
+        kv_bytes: Bytes(spec.kv_bytes_of_layer(layer, length, kv_format).0 * u64::from(sequences)),
+        flops: flops_per_pair * visible * f64::from(batch.tokens),
+    }
+}
