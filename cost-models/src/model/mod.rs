@@ -153,7 +153,7 @@ pub struct Mla {
 pub struct PlanOnlyMixer {
     /// What it is, e.g. `gated delta net`.
     pub name: String,
-    /// Elements of its weight matrices.
+    /// Elements of its weight matrices; 0 for a layer that has only its feed-forward part.
     pub weight_elements: u64,
     /// Elements cached per token (keys and values), 0 for a recurrent part.
     pub kv_elements_per_token: u64,
@@ -420,13 +420,25 @@ impl Geometry {
                 }
                 Attention::Mla(a) => {
                     range(&field("num_heads"), a.num_heads, 4096)?;
+                    range(&field("q_lora_rank"), a.q_lora_rank.unwrap_or(1), 1 << 16)?;
                     range(&field("kv_lora_rank"), a.kv_lora_rank, 1 << 16)?;
                     range(&field("qk_nope_head_dim"), a.qk_nope_head_dim, 4096)?;
                     range(&field("qk_rope_head_dim"), a.qk_rope_head_dim, 4096)?;
                     range(&field("v_head_dim"), a.v_head_dim, 4096)?;
                     a.rope.check(&field("rope"), a.qk_rope_head_dim).or_else(|(f, found, expected)| bad(f, found, &expected))?;
                 }
-                Attention::PlanOnly(_) => {}
+                Attention::PlanOnly(m) => {
+                    // 2^40 elements is more than any whole model has; sums over 4096 such layers still fit 64 bits.
+                    for (name, value) in [
+                        ("weight_elements", m.weight_elements),
+                        ("kv_elements_per_token", m.kv_elements_per_token),
+                        ("state_elements", m.state_elements),
+                    ] {
+                        if value > 1 << 40 {
+                            return bad(field(name), value.to_string(), "0 to 2^40");
+                        }
+                    }
+                }
             }
             match &layer.ffn {
                 Ffn::Dense(d) => range(&field("inner_size"), d.inner_size, 1 << 20)?,
@@ -434,6 +446,8 @@ impl Geometry {
                     range(&field("num_experts"), m.num_experts, 1 << 16)?;
                     range(&field("experts_per_token"), m.experts_per_token, m.num_experts)?;
                     range(&field("inner_size"), m.inner_size, 1 << 20)?;
+                    range(&field("latent_size"), m.latent_size.unwrap_or(1), 1 << 20)?;
+                    range(&field("parallel_dense_inner_size"), m.parallel_dense_inner_size.unwrap_or(1), 1 << 20)?;
                     if !m.router.scale.is_finite() {
                         return bad(field("router scale"), m.router.scale.to_string(), "a finite number");
                     }

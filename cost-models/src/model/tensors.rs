@@ -235,6 +235,8 @@ pub fn tensor_shapes(g: &Geometry) -> Vec<TensorShape> {
                 t.push(l, "attn_output.weight", R::AttentionOutput, &[h, q]);
             }
             Attention::Mla(a) => push_mla(&mut t, l, h, a),
+            // Hybrid models have layers that only mix and layers that only transform.
+            Attention::PlanOnly(m) if m.weight_elements == 0 => {}
             Attention::PlanOnly(m) => {
                 t.push(l, "attn_norm.weight", R::AttentionNorm, &[h]);
                 // One matrix of the right size; rows of the hidden size where it divides, so that block formats apply.

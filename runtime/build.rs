@@ -1,0 +1,31 @@
+//! Lists `configs/models/*.toml` and `configs/machines/*.toml`, so that their texts are part of the binary: an installed
+//! `tierwise` knows them without a copy of the repository.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+fn main() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut code = String::new();
+    for (constant, folder) in [("MODELS", "models"), ("MACHINES", "machines")] {
+        let folder = configs.join(folder);
+        println!("cargo::rerun-if-changed={}", folder.display());
+        writeln!(code, "static {constant}: &[(&str, &str)] = &[").expect("writing to a string");
+        for path in toml_files(&folder) {
+            let stem = path.file_stem().expect("a file has a name").to_string_lossy();
+            writeln!(code, "    ({stem:?}, include_str!({path:?})),").expect("writing to a string");
+        }
+        code.push_str("];\n");
+    }
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("configs.rs");
+    std::fs::write(&out, code).unwrap_or_else(|e| panic!("cannot write {}: {e}", out.display()));
+}
+
+/// The `*.toml` files of a folder by name; none when the folder is absent.
+fn toml_files(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut files: Vec<PathBuf> =
+        entries.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| p.extension().is_some_and(|x| x == "toml")).collect();
+    files.sort();
+    files
+}

@@ -1,0 +1,134 @@
+//! The model families that can be imported, and how each differs from the others.
+//!
+//! A family is a row: its two names and the facts that neither a GGUF file nor a `config.json` states. Sources: the reference
+//! implementations in Hugging Face transformers (`models/*/modeling_*.py`) and llama.cpp (`src/models/*.cpp`,
+//! `llama_model_rope_type`).
+
+use crate::error::RuntimeError;
+use std::path::Path;
+use tierwise_cost::model::{QkNorm, RopePairing};
+
+/// One row of the table.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Family {
+    /// `general.architecture` in GGUF files.
+    pub gguf_name: &'static str,
+    /// `model_type` in `config.json`.
+    pub hf_name: &'static str,
+    /// Layers have routed experts.
+    pub moe: bool,
+    /// What the norm of queries and keys spans.
+    pub qk_norm: QkNorm,
+    /// Biases on the q, k and v projections.
+    pub qkv_bias: bool,
+    /// One expert for every token, scaled by the sigmoid of a projection.
+    pub shared_expert: bool,
+    /// Expert widths have a name of their own (`expert_feed_forward_length`, `moe_intermediate_size`), apart from the dense width.
+    pub own_expert_width: bool,
+    /// Routing weights are divided by their sum. GGUF has no key for it in these families: the architecture decides.
+    pub gguf_normalize_topk: bool,
+    /// The same in Hugging Face: fixed (`Some`), or `norm_topk_prob` (`None`; false when absent).
+    pub hf_normalize_topk: Option<bool>,
+    /// How the converter to GGUF stored the q and k rows. Hugging Face weights are always in [`RopePairing::Halves`].
+    pub gguf_pairing: RopePairing,
+    /// RoPE base when `config.json` names none.
+    pub hf_rope_theta: f32,
+}
+
+/// Every family that can be imported. The first row with a GGUF name and the right `moe` is the one.
+pub const FAMILIES: &[Family] = &[
+    Family {
+        gguf_name: "qwen3moe",
+        hf_name: "qwen3_moe",
+        moe: true,
+        qk_norm: QkNorm::PerHead,
+        qkv_bias: false,
+        shared_expert: false,
+        own_expert_width: true,
+        gguf_normalize_topk: true,
+        hf_normalize_topk: None,
+        gguf_pairing: RopePairing::Halves,
+        hf_rope_theta: 1e4,
+    },
+    Family {
+        gguf_name: "olmoe",
+        hf_name: "olmoe",
+        moe: true,
+        qk_norm: QkNorm::FullWidth,
+        qkv_bias: false,
+        shared_expert: false,
+        own_expert_width: false,
+        gguf_normalize_topk: false,
+        hf_normalize_topk: None,
+        gguf_pairing: RopePairing::Halves,
+        hf_rope_theta: 1e4,
+    },
+    Family {
+        gguf_name: "llama",
+        hf_name: "mixtral",
+        moe: true,
+        qk_norm: QkNorm::None,
+        qkv_bias: false,
+        shared_expert: false,
+        own_expert_width: false,
+        gguf_normalize_topk: true,
+        hf_normalize_topk: Some(true),
+        gguf_pairing: RopePairing::Interleaved,
+        hf_rope_theta: 1e6,
+    },
+    Family {
+        gguf_name: "qwen2moe",
+        hf_name: "qwen2_moe",
+        moe: true,
+        qk_norm: QkNorm::None,
+        qkv_bias: true,
+        shared_expert: true,
+        own_expert_width: true,
+        gguf_normalize_topk: false,
+        hf_normalize_topk: None,
+        gguf_pairing: RopePairing::Halves,
+        hf_rope_theta: 1e4,
+    },
+    Family {
+        gguf_name: "llama",
+        hf_name: "llama",
+        moe: false,
+        qk_norm: QkNorm::None,
+        qkv_bias: false,
+        shared_expert: false,
+        own_expert_width: false,
+        gguf_normalize_topk: false,
+        hf_normalize_topk: Some(false),
+        gguf_pairing: RopePairing::Interleaved,
+        hf_rope_theta: 1e4,
+    },
+];
+
+/// The family with this GGUF architecture name, with or without experts.
+///
+/// # Errors
+/// [`RuntimeError::UnknownArchitecture`] with the known names.
+pub fn by_gguf_name(path: &Path, name: &str, has_experts: bool) -> Result<&'static Family, RuntimeError> {
+    let of_name = |f: &&Family| f.gguf_name == name;
+    FAMILIES
+        .iter()
+        .filter(of_name)
+        .find(|f| f.moe == has_experts)
+        .or_else(|| FAMILIES.iter().find(of_name))
+        .ok_or_else(|| unknown(path, name, |f| f.gguf_name))
+}
+
+/// The family with this `model_type`.
+///
+/// # Errors
+/// [`RuntimeError::UnknownArchitecture`] with the known names.
+pub fn by_hf_name(path: &Path, name: &str) -> Result<&'static Family, RuntimeError> {
+    FAMILIES.iter().find(|f| f.hf_name == name).ok_or_else(|| unknown(path, name, |f| f.hf_name))
+}
+
+fn unknown(path: &Path, name: &str, name_of: fn(&Family) -> &'static str) -> RuntimeError {
+    let mut known: Vec<&str> = FAMILIES.iter().map(name_of).collect();
+    known.sort_unstable();
+    known.dedup();
+    RuntimeError::UnknownArchitecture { path: path.to_path_buf(), found: name.to_string(), known: known.join(", ") }
+}

@@ -1,0 +1,257 @@
+//! A Hugging Face folder: `config.json` and safetensors, and where each tensor of the model lies in them.
+//!
+//! The model's table stacks a layer's experts in one tensor; checkpoints store one tensor per expert, or (transformers 5 in
+//! memory order) all experts' gate and up projections in one. Either way a tensor is a concatenation of [`Piece`]s.
+
+use super::hf;
+use super::tensors::check_format;
+use crate::error::{Result, RuntimeError};
+use crate::safetensors::SafeTensors;
+use std::collections::HashSet;
+use std::path::Path;
+use tierwise_cost::model::{Ffn, Geometry, ModelSpec, TensorId, TensorRole, TensorShape, TensorSpec, tensor_shapes};
+use tierwise_cost::quant::QuantFormat;
+
+/// A run of consecutive elements of a stored tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// Name in the safetensors files.
+    pub tensor: String,
+    /// First element of it.
+    pub first_element: u64,
+    /// How many.
+    pub num_elements: u64,
+}
+
+/// An opened folder.
+#[derive(Debug)]
+pub struct HfFolder {
+    spec: ModelSpec,
+    weights: SafeTensors,
+    /// Parallel to `spec.tensors`.
+    pieces: Vec<Vec<Piece>>,
+}
+
+impl HfFolder {
+    /// Opens the folder: geometry from `config.json`, checked against the tensors; formats are the tensors'.
+    ///
+    /// # Errors
+    /// As [`hf::geometry`] and [`SafeTensors::open`], and [`RuntimeError::BadFile`] for a tensor that is missing, superfluous or
+    /// of another shape than the config says.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let geometry = read_config(folder)?;
+        let weights = SafeTensors::open(folder)?;
+        Self::new(geometry, weights, folder)
+    }
+
+    fn new(geometry: Geometry, weights: SafeTensors, folder: &Path) -> Result<Self> {
+        let mut specs = Vec::new();
+        let mut all_pieces = Vec::new();
+        let mut used = HashSet::new();
+        for expected in tensor_shapes(&geometry) {
+            let (pieces, format) = locate(folder, &geometry, &weights, &expected)?;
+            check_format(folder, &expected, format)?;
+            used.extend(pieces.iter().map(|p| p.tensor.clone()));
+            specs.push(TensorSpec::new(expected, format)?);
+            all_pieces.push(pieces);
+        }
+        refuse_superfluous(folder, &geometry, &weights, &used)?;
+        // The format of most bytes: mixed folders keep their norms in float32.
+        let bytes_of = |f: &QuantFormat| specs.iter().filter(|t| t.format == *f).map(|t| t.bytes.0).sum::<u64>();
+        let format_name = QuantFormat::ALL.iter().max_by_key(|f| bytes_of(f)).map_or("F32", |f| f.name()).to_string();
+        Ok(Self { spec: ModelSpec { geometry, tensors: specs, format_name }, weights, pieces: all_pieces })
+    }
+
+    /// The model, with the stored formats.
+    pub const fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The stored tensors.
+    pub const fn weights(&self) -> &SafeTensors {
+        &self.weights
+    }
+
+    /// The pieces whose concatenation is tensor `id` of the model. A tensor of routed experts has one piece per expert.
+    pub fn pieces(&self, id: TensorId) -> &[Piece] {
+        &self.pieces[id.0 as usize]
+    }
+
+    /// The stored bytes of a piece, not necessarily aligned.
+    ///
+    /// # Errors
+    /// [`RuntimeError::BadFile`] when the piece is not one of this folder's.
+    pub fn bytes(&self, piece: &Piece) -> Result<&[u8]> {
+        let info = self.weights.require_tensor(&piece.tensor)?;
+        let size = u64::from(info.format.layout().bytes);
+        let outside = || RuntimeError::bad_file(self.weights.path(), format!("piece {piece:?}"), "a part of that tensor", "");
+        let range = |n: u64| n.checked_mul(size).and_then(|b| usize::try_from(b).ok());
+        let start = range(piece.first_element).ok_or_else(outside)?;
+        let end = piece.first_element.checked_add(piece.num_elements).and_then(range).ok_or_else(outside)?;
+        self.weights.data(info).get(start..end).ok_or_else(outside)
+    }
+
+    /// Takes the folder apart.
+    pub fn into_parts(self) -> (ModelSpec, SafeTensors, Vec<Vec<Piece>>) {
+        (self.spec, self.weights, self.pieces)
+    }
+}
+
+/// Geometry of the `config.json` in `folder`, named after the folder.
+pub(super) fn read_config(folder: &Path) -> Result<Geometry> {
+    let path = folder.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| RuntimeError::io("read", &path, e))?;
+    // A relative "." has no name; the real folder has one.
+    let real = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+    let name = real.file_name().map_or_else(|| "unnamed".to_string(), |s| s.to_string_lossy().into_owned());
+    hf::geometry(&text, &path, &name)
+}
+
+/// Where a tensor of the model lies, and its format.
+fn locate(folder: &Path, geometry: &Geometry, weights: &SafeTensors, t: &TensorShape) -> Result<(Vec<Piece>, QuantFormat)> {
+    let candidates = if t.role.is_routed_expert() { expert_candidates(geometry, t) } else { plain_candidates(t) };
+    // A candidate counts as present when its first piece is; the others must then exist too.
+    let chosen = candidates.iter().find(|c| weights.tensor(&c.pieces[0].tensor).is_some());
+    let Some(candidate) = chosen else {
+        let names: Vec<&str> = candidates.iter().map(|c| c.pieces[0].tensor.as_str()).collect();
+        return Err(RuntimeError::bad_file(
+            folder,
+            format!("no tensor for {}", t.name),
+            if names.is_empty() { "a name for it".to_string() } else { names.join(" or ") },
+            "the folder is incomplete, or its config.json belongs to another model",
+        ));
+    };
+    let mut format = None;
+    for piece in &candidate.pieces {
+        let info = weights.require_tensor(&piece.tensor)?;
+        let stored = info.shape.as_slice();
+        let plain_vector = candidate.shape.len() == 1 && stored == [1, candidate.shape[0]];
+        if stored != candidate.shape && !plain_vector {
+            return Err(RuntimeError::bad_file(
+                folder,
+                format!("tensor {} of shape {stored:?}", info.name),
+                format!("shape {:?}", candidate.shape),
+                "config.json and weights contradict each other",
+            ));
+        }
+        if *format.get_or_insert(info.format) != info.format {
+            return Err(RuntimeError::bad_file(
+                folder,
+                format!("tensor {} in {}", info.name, info.format),
+                format!("the same format as {}", candidate.pieces[0].tensor),
+                "all experts of a layer must be stored alike",
+            ));
+        }
+    }
+    let format = format.expect("every candidate has at least one piece");
+    Ok((candidate.pieces.clone(), format))
+}
+
+/// One way in which a checkpoint may store a tensor.
+struct Candidate {
+    /// Its parts in order.
+    pieces: Vec<Piece>,
+    /// Shape of each stored tensor that they name.
+    shape: Vec<u64>,
+}
+
+fn plain_candidates(t: &TensorShape) -> Vec<Candidate> {
+    use TensorRole as R;
+    let outside = |name: &str| vec![name.to_string()];
+    let layer = |suffix: &str| vec![format!("model.layers.{}.{suffix}", t.layer.unwrap_or(0))];
+    let names = match t.role {
+        R::TokenEmbedding => outside("model.embed_tokens.weight"),
+        R::OutputNorm => outside("model.norm.weight"),
+        R::Output => outside("lm_head.weight"),
+        R::AttentionNorm => layer("input_layernorm.weight"),
+        R::AttentionQ => layer("self_attn.q_proj.weight"),
+        R::AttentionK => layer("self_attn.k_proj.weight"),
+        R::AttentionV => layer("self_attn.v_proj.weight"),
+        R::AttentionQBias => layer("self_attn.q_proj.bias"),
+        R::AttentionKBias => layer("self_attn.k_proj.bias"),
+        R::AttentionVBias => layer("self_attn.v_proj.bias"),
+        R::AttentionQNorm => layer("self_attn.q_norm.weight"),
+        R::AttentionKNorm => layer("self_attn.k_norm.weight"),
+        R::AttentionOutput => layer("self_attn.o_proj.weight"),
+        R::FfnNorm => layer("post_attention_layernorm.weight"),
+        R::Router => MOE_BLOCKS.iter().flat_map(|block| layer(&format!("{block}.gate.weight"))).collect(),
+        R::SharedRouter => layer("mlp.shared_expert_gate.weight"),
+        R::SharedGate => layer("mlp.shared_expert.gate_proj.weight"),
+        R::SharedUp => layer("mlp.shared_expert.up_proj.weight"),
+        R::SharedDown => layer("mlp.shared_expert.down_proj.weight"),
+        R::DenseGate => layer("mlp.gate_proj.weight"),
+        R::DenseUp => layer("mlp.up_proj.weight"),
+        R::DenseDown => layer("mlp.down_proj.weight"),
+        // No family of the table has these.
+        R::AttentionQA
+        | R::AttentionQANorm
+        | R::AttentionQB
+        | R::AttentionKvA
+        | R::AttentionKvANorm
+        | R::AttentionKB
+        | R::AttentionVB
+        | R::PlanOnlyMixer
+        | R::RouterBias
+        | R::LatentDown
+        | R::LatentUp
+        | R::ExpertGate
+        | R::ExpertUp
+        | R::ExpertDown => Vec::new(),
+    };
+    let num_elements = t.shape.iter().product();
+    let whole = |tensor| Candidate { pieces: vec![Piece { tensor, first_element: 0, num_elements }], shape: t.shape.clone() };
+    names.into_iter().map(whole).collect()
+}
+
+/// Name of the block that holds router and experts: Qwen and OLMoE, then Mixtral.
+const MOE_BLOCKS: &[&str] = &["mlp", "block_sparse_moe"];
+
+fn expert_candidates(geometry: &Geometry, t: &TensorShape) -> Vec<Candidate> {
+    let layer = t.layer.unwrap_or(0);
+    let Some(Ffn::Moe(moe)) = geometry.layers.get(layer as usize).map(|l| &l.ffn) else { return Vec::new() };
+    let [num_experts, rows, cols] = t.shape[..] else { return Vec::new() };
+    let (plain, mixtral) = match t.role {
+        TensorRole::ExpertGate => ("gate_proj", "w1"),
+        TensorRole::ExpertUp => ("up_proj", "w3"),
+        _ => ("down_proj", "w2"),
+    };
+    let mut candidates = Vec::new();
+    for block in MOE_BLOCKS {
+        let prefix = format!("model.layers.{layer}.{block}.experts");
+        for name in [plain, mixtral] {
+            let piece =
+                |e| Piece { tensor: format!("{prefix}.{e}.{name}.weight"), first_element: 0, num_elements: rows * cols };
+            candidates.push(Candidate { pieces: (0..num_experts).map(piece).collect(), shape: vec![rows, cols] });
+        }
+        // Fused: [experts, 2 * inner, hidden] with the gate rows before the up rows, and [experts, hidden, inner].
+        let (name, stored_rows, first_row) = match t.role {
+            TensorRole::ExpertGate => ("gate_up_proj", 2 * rows, 0),
+            TensorRole::ExpertUp => ("gate_up_proj", 2 * rows, u64::from(moe.inner_size)),
+            _ => ("down_proj", rows, 0),
+        };
+        let piece = |e: u64| Piece {
+            tensor: format!("{prefix}.{name}"),
+            first_element: (e * stored_rows + first_row) * cols,
+            num_elements: rows * cols,
+        };
+        candidates.push(Candidate { pieces: (0..num_experts).map(piece).collect(), shape: vec![num_experts, stored_rows, cols] });
+    }
+    candidates
+}
+
+fn refuse_superfluous(folder: &Path, geometry: &Geometry, weights: &SafeTensors, used: &HashSet<String>) -> Result<()> {
+    let harmless = |name: &str| {
+        // Old checkpoints store the rotary frequencies, which follow from the config; tied ones may store the output twice.
+        name.ends_with("rotary_emb.inv_freq") || (geometry.tie_word_embeddings && name == "lm_head.weight")
+    };
+    let mut extra = weights.tensors().iter().filter(|t| !used.contains(&t.name) && !harmless(&t.name));
+    let Some(first) = extra.next() else { return Ok(()) };
+    let more = extra.count();
+    let more = if more > 0 { format!(" and {more} more unknown ones") } else { String::new() };
+    Err(RuntimeError::bad_file(
+        folder,
+        format!("tensor {} of shape {:?}{more}", first.name, first.shape),
+        format!("only the tensors of architecture {} with {} layers", geometry.architecture, geometry.layers.len()),
+        "the model has a part that is not implemented, or its config.json belongs to another model",
+    ))
+}
