@@ -10,11 +10,12 @@
 //! * [`exec`]: runs the operation list of [`tierwise_cost::op`] on the CPU.
 //! * [`session`]: a loaded model with its engine: prefill, decode, generate.
 //! * [`synth`]: random-weight files in the shape of a real model.
-//! * [`probe`]: a quick look at this machine; [`backend`]: which devices it has.
+//! * [`probe`]: a quick look at this machine; [`backend`]: which devices it has; [`doctor`]: findings and hints.
 
 pub mod atomic_file;
 pub mod backend;
 pub mod chat;
+pub mod doctor;
 pub mod error;
 pub mod exec;
 pub mod gguf;

@@ -1,0 +1,352 @@
+//! The command line, as clap sees it. Parsing has no side effects; `cmd/*` turns arguments into work.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use tierwise_cost::quant::QuantFormat;
+use tierwise_cost::units::Bytes;
+
+/// Plan and run Mixture-of-Experts models on limited VRAM.
+#[derive(Debug, Parser)]
+#[command(name = "tierwise", version, propagate_version = true, max_term_width = 110)]
+#[command(after_help = "Start here:  tierwise demo\nThen:        tierwise doctor; tierwise plan MODEL.gguf; tierwise run MODEL.gguf -p \"Hello\"")]
+pub struct Cli {
+    /// Print one JSON object on standard output; everything else goes to standard error.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print results only: no progress, no notes.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// Say more about what is done and why.
+    #[arg(long, short, global = true)]
+    pub verbose: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show what is inside a model: layers, experts, bytes by role, format and layer.
+    #[command(after_help = "Example:  tierwise inspect qwen3-30b-a3b --format Q4_K_M")]
+    Inspect(InspectArgs),
+    /// Look at this machine: processors, memory, GPUs, drivers, disk; with hints.
+    #[command(after_help = "Example:  tierwise doctor --json")]
+    Doctor(DoctorArgs),
+    /// Decide where every expert goes, and predict the speed.
+    #[command(after_help = "Example:  tierwise plan qwen3-30b-a3b --machine rtx3090-24g-ddr4-64g --vram 12GiB -o plan.json")]
+    Plan(PlanArgs),
+    /// Say why each expert of a plan is where it is.
+    #[command(after_help = "Example:  tierwise explain plan.json")]
+    Explain(ExplainArgs),
+    /// Generate text.
+    #[command(after_help = "Example:  tierwise run model.gguf -p \"ROMEO:\" -n 64 --report")]
+    Run(RunArgs),
+    /// Measure prefill and decode speed beside the machine's limit.
+    #[command(after_help = "Example:  tierwise bench model.gguf -p 512 -n 64 -r 5")]
+    Bench(BenchArgs),
+    /// Print raw logits of all positions, for comparison with other engines.
+    #[command(after_help = "Example:  echo 1 2 3 | tierwise logits model.gguf --tokens - --json --routing")]
+    Logits(LogitsArgs),
+    /// Measure perplexity on a text.
+    #[command(after_help = "Example:  tierwise perplexity model.gguf --text wiki.txt --window 512")]
+    Perplexity(PerplexityArgs),
+    /// Make a random-weight GGUF in the exact shape of a real model, to benchmark before downloading.
+    #[command(after_help = "Example:  tierwise synth olmoe-1b-7b-0125 --format Q4_K_M -o olmoe.gguf")]
+    Synth(SynthArgs),
+    /// Plan and run the bundled tiny model, in seconds.
+    #[command(after_help = "Example:  tierwise demo -p \"KING HENRY:\"")]
+    Demo(DemoArgs),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:  tierwise completions bash > /etc/bash_completion.d/tierwise")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    #[command(after_help = "Example:  tierwise man | man -l -")]
+    Man,
+}
+
+/// Which model, and in which format when it is only described.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// GGUF file (first part of a split one), folder with config.json and *.safetensors, or the name of a built-in description.
+    pub model: String,
+    /// Weight format to assume for a model without weights (Q4_K_M, Q8_0, BF16, MXFP4, ...). [default: Q4_K_M]
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<String>,
+    /// Take only the first N layers of a model without weights.
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+}
+
+/// `inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Also list every tensor.
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+/// `doctor`
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Folder where models will lie: its disk is looked at.
+    #[arg(long, default_value = ".")]
+    pub folder: PathBuf,
+}
+
+/// Budgets and shape of the work to plan for.
+#[derive(Debug, Args)]
+pub struct PlanningArgs {
+    /// Machine: a TOML file or the name of a built-in one; this machine when absent.
+    #[arg(long, value_name = "M")]
+    pub machine: Option<String>,
+    /// Tokens of context to reserve the cache for. [default: 4096, or the model's own if smaller]
+    #[arg(long, value_name = "N")]
+    pub context: Option<u32>,
+    /// Sequences decoded together.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub batch: u32,
+    /// Tokens computed together in prefill.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub chunk: u32,
+    /// Format of cached keys and values.
+    #[arg(long, value_name = "FORMAT", default_value_t = QuantFormat::F16)]
+    pub kv: QuantFormat,
+    /// GPU memory to use at most.
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<Bytes>,
+    /// Host memory to use at most.
+    #[arg(long, value_name = "SIZE")]
+    pub ram: Option<Bytes>,
+    /// CXL memory to use at most.
+    #[arg(long, value_name = "SIZE")]
+    pub cxl: Option<Bytes>,
+    /// Disk space for experts to use at most.
+    #[arg(long, value_name = "SIZE")]
+    pub disk: Option<Bytes>,
+    /// What to make fast.
+    #[arg(long, value_enum, default_value_t = ObjectiveArg::Decode)]
+    pub objective: ObjectiveArg,
+    /// How to search.
+    #[arg(long, value_enum, default_value_t = SolverArg::Auto)]
+    pub solver: SolverArg,
+}
+
+/// What to make fast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum ObjectiveArg {
+    Decode,
+    Prefill,
+    Mix,
+}
+
+/// How to search for a placement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum SolverArg {
+    Auto,
+    Greedy,
+    Exhaustive,
+}
+
+/// `plan`
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub planning: PlanningArgs,
+    /// Write the plan to this file.
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// `explain`
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The plan.
+    pub plan: PathBuf,
+}
+
+/// How to execute a model on this machine.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// GGUF file or folder with safetensors.
+    pub model: String,
+    /// Follow this plan instead of making one.
+    #[arg(long, value_name = "FILE")]
+    pub plan: Option<PathBuf>,
+    /// Threads. [default: all]
+    #[arg(long, short, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Tokens of context. [default: 4096, or the model's own if smaller]
+    #[arg(long, value_name = "N", conflicts_with = "plan")]
+    pub context: Option<u32>,
+    /// Tokens computed together in prefill.
+    #[arg(long, value_name = "N", default_value_t = 512, conflicts_with = "plan")]
+    pub chunk: u32,
+    /// Host memory to use at most; experts beyond it are read from disk when they are needed.
+    #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
+    pub ram: Option<Bytes>,
+    /// GPU memory to use at most. No GPU executes in this version: the budget is checked, then unused.
+    #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
+    pub vram: Option<Bytes>,
+    /// Format of cached keys and values.
+    #[arg(long, value_name = "FORMAT", default_value_t = QuantFormat::F16, conflicts_with = "plan")]
+    pub kv: QuantFormat,
+    /// Where to execute.
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+}
+
+/// Where to execute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum DeviceArg {
+    Auto,
+    Cpu,
+    Wgpu,
+    Cuda,
+}
+
+/// How the next token is chosen.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Tokens to generate at most.
+    #[arg(long = "num-tokens", short = 'n', value_name = "N", default_value_t = 128)]
+    pub num_tokens: usize,
+    /// Temperature; 0 always takes the most likely token.
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    pub temp: f32,
+    /// Choose among the K most likely tokens; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    pub top_k: usize,
+    /// Choose among the most likely tokens that together have probability P.
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Drop tokens less likely than P times the most likely one.
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    pub min_p: f32,
+    /// Seed of the random choice. [default: from the clock, and printed]
+    #[arg(long, value_name = "S")]
+    pub seed: Option<u64>,
+}
+
+/// `run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub exec: ExecArgs,
+    /// The prompt; `-` reads it from standard input.
+    #[arg(long, short, value_name = "TEXT")]
+    pub prompt: String,
+    /// Wrap the prompt in the model's chat template.
+    #[arg(long)]
+    pub chat: bool,
+    /// System message for --chat.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+    /// Do not stop at the end-of-text token.
+    #[arg(long)]
+    pub ignore_eos: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sampling: SamplingArgs,
+    /// Add predicted, measured and limit at the end.
+    #[arg(long)]
+    pub report: bool,
+}
+
+/// `bench`
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub exec: ExecArgs,
+    /// Prompt lengths to prefill, separated by commas; 0 for none.
+    #[arg(long, short = 'p', value_name = "N", value_delimiter = ',', default_value = "512")]
+    pub prompt_tokens: Vec<usize>,
+    /// Tokens to decode, separated by commas; 0 for none.
+    #[arg(long = "num-tokens", short = 'n', value_name = "N", value_delimiter = ',', default_value = "64")]
+    pub num_tokens: Vec<usize>,
+    /// Tokens already in the cache before each test.
+    #[arg(long, short, value_name = "N", default_value_t = 0)]
+    pub depth: usize,
+    /// Repetitions.
+    #[arg(long, short, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub repetitions: u32,
+}
+
+/// `logits`
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub exec: ExecArgs,
+    /// File with token ids separated by white space; `-` for standard input.
+    #[arg(long, value_name = "FILE")]
+    pub tokens: String,
+    /// Also print which experts the router chose.
+    #[arg(long)]
+    pub routing: bool,
+    /// Write the logits as raw little-endian float32 [tokens, vocab] to this file instead of printing them.
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// `perplexity`
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub exec: ExecArgs,
+    /// The text; `-` for standard input.
+    #[arg(long, value_name = "FILE")]
+    pub text: String,
+    /// Tokens per window; the second half of each is scored, as llama.cpp does.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub window: usize,
+}
+
+/// `synth`
+#[derive(Debug, Args)]
+pub struct SynthArgs {
+    /// Name of a built-in description, a config.json, or a TOML description.
+    pub model: String,
+    /// Weight format: Q4_K_M, Q8_0, Q4_0, BF16, MXFP4, ...
+    #[arg(long, value_name = "FORMAT", default_value = "Q4_K_M")]
+    pub format: String,
+    /// Only the first N layers.
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// Seed of the weights.
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub seed: u64,
+    /// The file to write.
+    #[arg(long, short, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// `demo`
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// The prompt to continue.
+    #[arg(long, short, value_name = "TEXT", default_value = "ROMEO:")]
+    pub prompt: String,
+    /// Tokens to generate.
+    #[arg(long = "num-tokens", short = 'n', value_name = "N", default_value_t = 160)]
+    pub num_tokens: usize,
+    /// Seed of the random choice.
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub seed: u64,
+}

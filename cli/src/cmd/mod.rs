@@ -1,0 +1,47 @@
+//! One file per verb. Each turns its arguments into library calls and prints the result.
+
+mod bench;
+mod demo;
+mod doctor;
+mod explain;
+mod inspect;
+mod logits;
+mod perplexity;
+mod plan;
+mod run;
+mod shell;
+mod synth;
+
+use crate::args::Command;
+use crate::ui::Ui;
+use anyhow::{Context, Result};
+use std::io::Read;
+
+/// Carries out one verb.
+pub fn run(command: Command, ui: &Ui) -> Result<()> {
+    match command {
+        Command::Inspect(args) => inspect::run(&args, ui),
+        Command::Doctor(args) => doctor::run(&args, ui),
+        Command::Plan(args) => plan::run(&args, ui),
+        Command::Explain(args) => explain::run(&args, ui),
+        Command::Run(args) => run::run(&args, ui),
+        Command::Bench(args) => bench::run(&args, ui),
+        Command::Logits(args) => logits::run(&args, ui),
+        Command::Perplexity(args) => perplexity::run(&args, ui),
+        Command::Synth(args) => synth::run(&args, ui),
+        Command::Demo(args) => demo::run(&args, ui),
+        Command::Completions { shell } => shell::completions(shell, ui),
+        Command::Man => shell::manual(ui),
+    }
+}
+
+/// The text of a file, or of standard input for `-`.
+fn read_text(path: &str) -> Result<String> {
+    if path == "-" {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).context("read standard input")?;
+        Ok(text)
+    } else {
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))
+    }
+}

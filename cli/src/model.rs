@@ -1,0 +1,79 @@
+//! Opening what the user named: models and machines.
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use tierwise_cost::machine::Machine;
+use tierwise_cost::model::ModelSpec;
+use tierwise_cost::recipe::Recipe;
+use tierwise_runtime::import::ModelSource;
+use tierwise_runtime::import::configs::{self, Kind};
+use tierwise_runtime::probe;
+
+/// The user's folder of descriptions, if set. The only environment variables are read here.
+fn configs_dir() -> Option<PathBuf> {
+    std::env::var_os("TIERWISE_CONFIGS").map(PathBuf::from)
+}
+
+/// A model by file, folder or name.
+pub fn open(name: &str) -> Result<ModelSource> {
+    Ok(ModelSource::open(name, configs_dir().as_deref())?)
+}
+
+/// The model with formats: as stored, or as `format` says, cut to `layers`.
+pub fn spec(source: &ModelSource, format: Option<&str>, layers: Option<usize>) -> Result<ModelSpec> {
+    let recipe = format.map(Recipe::by_name).transpose()?;
+    match (source, layers) {
+        (_, None) => {
+            if recipe.is_some() && source.has_weights() {
+                bail!("--format is for models without weights; this one has its own formats");
+            }
+            Ok(source.spec(recipe.as_ref())?)
+        }
+        (ModelSource::Description { geometry, .. }, Some(n)) if n >= 1 && n <= geometry.layers.len() => {
+            let recipe = recipe.map_or_else(|| Recipe::by_name("Q4_K_M"), Ok)?;
+            Ok(ModelSpec::with_recipe(geometry.clone().truncated(n), &recipe)?)
+        }
+        (ModelSource::Description { geometry, .. }, Some(n)) => {
+            bail!("--layers {n}: the model has {} layers, expected 1 to {0}", geometry.layers.len())
+        }
+        (_, Some(_)) => bail!("--layers is for models without weights; a file has the layers it has"),
+    }
+}
+
+/// A machine by file or name, or this one: calibrated if there is a file from a calibration, else probed quickly.
+/// Also says where it is from.
+pub fn machine(name: Option<&str>, threads: Option<usize>) -> Result<(Machine, String)> {
+    let Some(name) = name else {
+        if let Some(path) = calibrated_file().filter(|p| p.is_file()) {
+            return Ok((machine_from_file(&path)?, format!("this machine, as calibrated in {}", path.display())));
+        }
+        return Ok((probe::quick(threads)?, "this machine, probed quickly".to_string()));
+    };
+    let path = Path::new(name);
+    if path.is_file() {
+        return Ok((machine_from_file(path)?, name.to_string()));
+    }
+    if name.contains('/') {
+        bail!("cannot read machine {name}: no such file");
+    }
+    let found = configs::find(Kind::Machine, name, configs_dir().as_deref())?;
+    Ok((Machine::from_toml(&found.text).with_context(|| found.origin.clone())?, found.origin))
+}
+
+fn machine_from_file(path: &Path) -> Result<Machine> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read machine {}", path.display()))?;
+    Machine::from_toml(&text).with_context(|| path.display().to_string())
+}
+
+fn calibrated_file() -> Option<PathBuf> {
+    cache_dir().map(|d| d.join("machine.toml"))
+}
+
+/// `~/.cache/tierwise`, or where `XDG_CACHE_HOME` says.
+pub fn cache_dir() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME")
+        .filter(|v| !v.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+    Some(base.join("tierwise"))
+}
