@@ -77,6 +77,14 @@ pub enum RuntimeError {
     /// A description was refused by the cost crate.
     #[error(transparent)]
     Cost(#[from] tierwise_cost::CostError),
+    /// An expert's bytes could not be had; the session is of no use after that.
+    #[error("layer {layer}: experts could not be loaded: {reason}; check the model's file and disk, then start again")]
+    ExpertsUnavailable {
+        /// The layer that was being computed.
+        layer: u32,
+        /// The engine's reason.
+        reason: String,
+    },
 }
 
 /// Shorthand used all over the crate.

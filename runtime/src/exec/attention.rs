@@ -1,0 +1,148 @@
+//! Causal grouped-query attention over the cache.
+//!
+//! Work is cut into (tokens, key/value head) pieces. A piece walks the positions in blocks and keeps a running maximum and sum
+//! per row (online softmax, Milakov and Gimelshein, arXiv 1805.02867), so that scores need no memory that grows with the context.
+//! Blocks lie at fixed positions, so a row's result depends neither on the thread count nor on how a prompt was cut into chunks.
+
+use super::kv_cache::KvCache;
+use super::threads::Threads;
+use crate::kernels::CpuKernels;
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use rayon::prelude::*;
+use tierwise_cost::model::Gqa;
+
+/// Positions of one block.
+const BLOCK: usize = 64;
+/// Tokens of one piece: enough to use a block of keys several times while it is in the nearest cache.
+const PIECE_TOKENS: usize = 16;
+
+/// Working memory of one thread.
+#[derive(Debug, Default)]
+pub struct AttentionScratch {
+    /// Scores, then their exponentials: `[rows, BLOCK]`.
+    scores: Vec<f32>,
+    /// Per row: running maximum and sum of exponentials.
+    running: Vec<(f32, f32)>,
+}
+
+struct Piece<'a> {
+    first_token: usize,
+    first_head: usize,
+    /// `[tokens, heads of this piece * head_dim]`
+    out: ArrayViewMut2<'a, f32>,
+}
+
+/// `out[t] = softmax(q[t] K^T / sqrt(head_dim)) V` over the positions that token `t` (at position `kv.len() + t`) may see.
+///
+/// Keys and values of the tokens themselves must be in the cache already, not yet counted in `kv.len()`.
+pub fn attention(
+    threads: &Threads,
+    a: &Gqa,
+    layer: usize,
+    kv: &KvCache,
+    q: ArrayView2<'_, f32>,           // [tokens, num_heads * head_dim]
+    mut out: ArrayViewMut2<'_, f32>, // [tokens, num_heads * head_dim]
+) {
+    let (head_dim, group) = (a.head_dim as usize, (a.num_heads / a.num_kv_heads) as usize);
+    let token_pieces = q.nrows().div_ceil(PIECE_TOKENS);
+    // One token in few key/value heads gives too few pieces: then every query head is its own.
+    let heads_per_piece = if token_pieces * (a.num_kv_heads as usize) < 2 * threads.count() { 1 } else { group };
+    let mut pieces = Vec::new();
+    for (i, tokens) in out.axis_chunks_iter_mut(Axis(0), PIECE_TOKENS).enumerate() {
+        let width = heads_per_piece * head_dim;
+        let mut rest = tokens;
+        let mut first_head = 0;
+        while !rest.is_empty() {
+            let (piece, remaining) = rest.split_at(Axis(1), width);
+            pieces.push(Piece { first_token: i * PIECE_TOKENS, first_head, out: piece });
+            rest = remaining;
+            first_head += heads_per_piece;
+        }
+    }
+    let run = |mut piece: Piece<'_>| threads.with_scratch(|s| attend(threads.kernels(), &mut piece, &mut s.attention, a, layer, kv, q));
+    // A few short rows are faster on this thread than handed out.
+    if q.nrows() * (kv.len() + q.nrows()) * a.num_heads as usize <= 1024 {
+        pieces.into_iter().for_each(run);
+    } else {
+        pieces.into_par_iter().with_max_len(1).for_each(run);
+    }
+}
+
+fn attend(
+    kernels: &CpuKernels,
+    piece: &mut Piece<'_>,
+    scratch: &mut AttentionScratch,
+    a: &Gqa,
+    layer: usize,
+    kv: &KvCache,
+    q: ArrayView2<'_, f32>,
+) {
+    let (head_dim, group) = (a.head_dim as usize, (a.num_heads / a.num_kv_heads) as usize);
+    let (tokens, heads) = (piece.out.nrows(), piece.out.ncols() / head_dim);
+    let rows = tokens * heads;
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let window = a.sliding_window.map_or(usize::MAX, |w| w as usize);
+    // Position of the piece's first token, and the positions [from, to) that a token sees.
+    let position = kv.len() + piece.first_token;
+    let visible = |t: usize| ((position + t + 1).saturating_sub(window), position + t + 1);
+    let kv_head = piece.first_head / group;
+
+    let AttentionScratch { scores, running } = scratch;
+    scores.resize(rows * BLOCK, 0.0);
+    running.clear();
+    running.resize(rows, (f32::NEG_INFINITY, 0.0));
+    piece.out.fill(0.0);
+
+    let (begin, end) = (visible(0).0, visible(tokens - 1).1);
+    let mut start = begin - begin % BLOCK;
+    while start < end {
+        // What a row sees of this block.
+        let seen = |t: usize| {
+            let (from, to) = visible(t);
+            (from.max(start), to.min(start + BLOCK))
+        };
+        for row in 0..rows {
+            let (t, h) = (row / heads, row % heads);
+            let (from, to) = seen(t);
+            if from >= to {
+                continue;
+            }
+            let column = (piece.first_head + h) * head_dim;
+            let query = q.index_axis_move(Axis(0), piece.first_token + t).to_slice().expect("activations are row-major");
+            let scores = &mut scores[row * BLOCK..row * BLOCK + to - from];
+            kv.keys(layer, kv_head, from, to).scores(kernels, &query[column..column + head_dim], scale, scores);
+            let (old_max, sum) = running[row];
+            let new_max = scores.iter().copied().fold(old_max, f32::max);
+            let mut block_sum = 0.0;
+            for s in scores {
+                *s = (*s - new_max).exp();
+                block_sum += *s;
+            }
+            let rescale = if sum > 0.0 { (old_max - new_max).exp() } else { 1.0 };
+            running[row] = (new_max, sum * rescale + block_sum);
+            if rescale != 1.0 {
+                out_row(&mut piece.out, t, h, head_dim).iter_mut().for_each(|x| *x *= rescale);
+            }
+        }
+        for row in 0..rows {
+            let (t, h) = (row / heads, row % heads);
+            let (from, to) = seen(t);
+            if from < to {
+                let weights = &scores[row * BLOCK..row * BLOCK + to - from];
+                let acc = out_row(&mut piece.out, t, h, head_dim);
+                kv.values(layer, kv_head, from, to).add_weighted(kernels, weights, acc);
+            }
+        }
+        start += BLOCK;
+    }
+    for (row, (_, sum)) in running.iter().enumerate() {
+        let factor = 1.0 / sum;
+        out_row(&mut piece.out, row / heads, row % heads, head_dim).iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+/// One head's columns of one token.
+fn out_row<'a>(out: &'a mut ArrayViewMut2<'_, f32>, t: usize, h: usize, head_dim: usize) -> &'a mut [f32] {
+    let row = out.index_axis_mut(Axis(0), t).into_slice().expect("activations are row-major");
+    &mut row[h * head_dim..(h + 1) * head_dim]
+}

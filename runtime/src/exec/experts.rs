@@ -1,0 +1,203 @@
+//! Routed experts: tokens grouped by expert, computed wave by wave, summed in a fixed order.
+//!
+//! Every (token, choice) has a row of its own for its expert's output, and a token's rows are added in the order of its choices
+//! (heaviest first) after the last wave. So the result depends neither on the threads nor on which experts came in which wave.
+
+use super::matmul::{Product, run_products};
+use super::model::Matrix;
+use super::prepared::Prepared;
+use super::route::Routing;
+use super::threads::Threads;
+use crate::kernels::ActivationBuf;
+use crate::quant::activation_format;
+use rayon::prelude::*;
+use tierwise_cost::quant::QuantFormat;
+
+/// Sums below this many elements stay on the calling thread.
+const SERIAL_ELEMENTS: usize = 64 << 10;
+
+/// One expert's matrices, in the memory map or in a slot.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertBytes<'a> {
+    /// `[inner_size, hidden]`
+    pub gate: Matrix<'a>,
+    /// `[inner_size, hidden]`
+    pub up: Matrix<'a>,
+    /// `[hidden, inner_size]`
+    pub down: Matrix<'a>,
+}
+
+/// How an expert lies in a slot: gate, up and down one after the other.
+#[derive(Debug, Clone)]
+pub struct ExpertLayout {
+    /// Format, rows and columns of gate, up and down.
+    matrices: [(QuantFormat, usize, usize); 3],
+    /// Where gate, up and down begin.
+    pub offsets: [usize; 3],
+    /// Bytes of a slot.
+    pub bytes: usize,
+}
+
+impl ExpertLayout {
+    /// The layout for experts like `example`.
+    pub fn new(example: &ExpertBytes<'_>) -> Self {
+        let of = [example.gate, example.up, example.down];
+        let (gate, up, down) = (of[0].bytes.len(), of[1].bytes.len(), of[2].bytes.len());
+        Self { matrices: of.map(|m| (m.format, m.rows, m.cols)), offsets: [0, gate, gate + up], bytes: gate + up + down }
+    }
+
+    /// The expert whose bytes are in `slot`.
+    pub fn in_slot<'a>(&self, slot: &'a [u8]) -> ExpertBytes<'a> {
+        let [gate, up, down] = [0, 1, 2].map(|i| {
+            let (format, rows, cols) = self.matrices[i];
+            let end = self.offsets.get(i + 1).copied().unwrap_or(self.bytes);
+            Matrix { format, rows, cols, bytes: &slot[self.offsets[i]..end] }
+        });
+        ExpertBytes { gate, up, down }
+    }
+}
+
+/// Rows of one expert.
+struct Group {
+    expert: u32,
+    start: usize,
+    end: usize,
+}
+
+/// Working memory of a layer's routed experts.
+#[derive(Default)]
+pub struct ExpertBuffers {
+    /// The demanded experts, ascending, with their rows.
+    groups: Vec<Group>,
+    /// Token of each row.
+    tokens: Vec<u32>,
+    /// Row of each (token, choice): `[tokens, experts_per_token]`.
+    row_of: Vec<u32>,
+    /// `[rows, inner_size]` each.
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    /// `silu(gate) * up` as the down matrices need it: `[rows, inner_size]`.
+    inner: ActivationBuf,
+    /// `[rows, hidden]`
+    out: Vec<f32>,
+}
+
+impl ExpertBuffers {
+    /// Groups a layer's tokens by expert.
+    pub fn arrange(&mut self, routing: &Routing, inner_size: usize, hidden: usize, down: QuantFormat) {
+        let rows = routing.experts.len();
+        let k = routing.experts_per_token;
+        self.groups.clear();
+        self.tokens.resize(rows, 0);
+        self.row_of.resize(rows, 0);
+        let mut choices: Vec<u32> = (0..rows as u32).collect();
+        // Stable: within an expert by token.
+        choices.sort_by_key(|c| routing.experts[*c as usize]);
+        for (row, choice) in choices.into_iter().enumerate() {
+            self.tokens[row] = choice / k as u32;
+            self.row_of[choice as usize] = row as u32;
+            let expert = routing.experts[choice as usize];
+            match self.groups.last_mut() {
+                Some(g) if g.expert == expert => g.end += 1,
+                _ => self.groups.push(Group { expert, start: row, end: row + 1 }),
+            }
+        }
+        for buffer in [&mut self.gate, &mut self.up] {
+            if buffer.len() < rows * inner_size {
+                buffer.resize(rows * inner_size, 0.0);
+            }
+        }
+        if self.out.len() < rows * hidden {
+            self.out.resize(rows * hidden, 0.0);
+        }
+        self.inner.reset(activation_format(down), rows, inner_size);
+    }
+
+    /// Demanded experts with their token counts, ascending.
+    pub fn demand(&self) -> Vec<(u32, u32)> {
+        self.groups.iter().map(|g| (g.expert, (g.end - g.start) as u32)).collect()
+    }
+
+    /// Computes the outputs of some of the demanded experts, in three parallel regions.
+    pub fn compute(&mut self, threads: &Threads, input: &Prepared, experts: &[(u32, ExpertBytes<'_>)]) {
+        let Some((_, first)) = experts.first() else { return };
+        let (inner_size, hidden) = (first.gate.rows, first.down.rows);
+        // The wave's experts in the order of the groups.
+        let wave: Vec<(usize, &ExpertBytes<'_>)> = self
+            .groups
+            .iter()
+            .enumerate()
+            .filter_map(|(i, g)| experts.iter().find(|(e, _)| *e == g.expert).map(|(_, bytes)| (i, bytes)))
+            .collect();
+
+        let mut products = Vec::with_capacity(2 * wave.len());
+        for (out, which) in [(&mut self.gate, 0), (&mut self.up, 1)] {
+            let parts = split_rows(out, inner_size, wave.iter().map(|(g, _)| &self.groups[*g]));
+            for (out, (g, bytes)) in parts.into_iter().zip(&wave) {
+                let weight = if which == 0 { bytes.gate } else { bytes.up };
+                let tokens = &self.tokens[self.groups[*g].start..self.groups[*g].end];
+                products.push(Product { weight, bias: None, input: input.get(weight.format), tokens, out });
+            }
+        }
+        run_products(threads, products);
+
+        let (gate, up, format) = (&self.gate, &self.up, self.inner.format());
+        let mut wanted = wave.iter().map(|(g, _)| &self.groups[*g]).flat_map(|g| g.start..g.end).peekable();
+        let rows: Vec<(usize, &mut [u8])> = self.inner.rows_mut().enumerate().filter(|(i, _)| wanted.next_if_eq(i).is_some()).collect();
+        let fill = |(i, row): (usize, &mut [u8])| {
+            threads.with_scratch(|s| {
+                s.inner.resize(inner_size, 0.0);
+                let at = i * inner_size..(i + 1) * inner_size;
+                threads.kernels().silu_mul(&gate[at.clone()], &up[at], &mut s.inner);
+                threads.kernels().quantize_activation_row(format, &s.inner, row);
+            });
+        };
+        if rows.len() == 1 || threads.count() == 1 {
+            rows.into_iter().for_each(fill);
+        } else {
+            rows.into_par_iter().for_each(fill);
+        }
+
+        let parts = split_rows(&mut self.out, hidden, wave.iter().map(|(g, _)| &self.groups[*g]));
+        let products = parts
+            .into_iter()
+            .zip(&wave)
+            .map(|(out, (g, bytes))| {
+                let tokens = &self.inner.all_tokens()[self.groups[*g].start..self.groups[*g].end];
+                Product { weight: bytes.down, bias: None, input: &self.inner, tokens, out }
+            })
+            .collect();
+        run_products(threads, products);
+    }
+
+    /// `delta[t] = sum over choices of weight * output`, in the order of the choices.
+    pub fn combine(&self, threads: &Threads, routing: &Routing, delta: &mut [f32] /* [tokens, hidden] */, hidden: usize) {
+        let k = routing.experts_per_token;
+        let sum = |(t, row): (usize, &mut [f32])| {
+            row.fill(0.0);
+            for (weight, from) in routing.weights[t * k..(t + 1) * k].iter().zip(&self.row_of[t * k..(t + 1) * k]) {
+                let from = *from as usize * hidden;
+                threads.kernels().axpy_f32(*weight, &self.out[from..from + hidden], row);
+            }
+        };
+        if threads.count() == 1 || delta.len() * k < SERIAL_ELEMENTS {
+            delta.chunks_exact_mut(hidden).enumerate().for_each(sum);
+        } else {
+            delta.par_chunks_exact_mut(hidden).enumerate().for_each(sum);
+        }
+    }
+}
+
+/// The rows of each group (ascending, apart) as slices of `buffer`.
+fn split_rows<'a, 'g>(buffer: &'a mut [f32], width: usize, groups: impl Iterator<Item = &'g Group>) -> Vec<&'a mut [f32]> {
+    let mut rest = buffer;
+    let mut taken = 0;
+    groups
+        .map(|g| {
+            let (_, from) = std::mem::take(&mut rest).split_at_mut((g.start - taken) * width);
+            let (part, after) = from.split_at_mut((g.end - g.start) * width);
+            (rest, taken) = (after, g.end);
+            part
+        })
+        .collect()
+}

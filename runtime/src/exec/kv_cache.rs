@@ -1,0 +1,200 @@
+//! Keys and values of the positions seen so far.
+//!
+//! Per layer two arrays `[kv_heads, context, head_dim]`: the positions of one head lie together, so decoding streams them.
+//! Memory is reserved at once and becomes resident only where positions are written.
+
+use crate::error::{Result, RuntimeError};
+use crate::kernels::CpuKernels;
+use half::f16;
+use half::slice::HalfBitsSliceExt;
+use tierwise_cost::model::{Attention, ModelSpec};
+use tierwise_cost::quant::QuantFormat;
+
+/// Keys and values of one sequence over all layers.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<LayerCache>,
+    /// Positions it can hold.
+    context: usize,
+    /// Positions it holds.
+    len: usize,
+}
+
+#[derive(Debug)]
+struct LayerCache {
+    keys: Elements,
+    values: Elements,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+/// One array in the cache's format. Halves are kept as bits, because zeroed integers cost no resident memory.
+#[derive(Debug)]
+enum Elements {
+    F16(Vec<u16>),
+    F32(Vec<f32>),
+}
+
+impl Elements {
+    fn new(format: QuantFormat, count: usize) -> Result<Self> {
+        match format {
+            QuantFormat::F16 => Ok(Self::F16(vec![0; count])),
+            QuantFormat::F32 => Ok(Self::F32(vec![0.0; count])),
+            other => Err(RuntimeError::BadRequest {
+                what: "kv format",
+                found: other.name().to_string(),
+                expected: "F16 or F32".to_string(),
+            }),
+        }
+    }
+
+    fn write(&mut self, kernels: &CpuKernels, at: usize, row: &[f32]) {
+        match self {
+            Self::F16(v) => kernels.f32_to_f16(row, v[at..at + row.len()].reinterpret_cast_mut()),
+            Self::F32(v) => v[at..at + row.len()].copy_from_slice(row),
+        }
+    }
+
+    fn slice(&self, at: usize, count: usize) -> KvRows<'_> {
+        match self {
+            Self::F16(v) => KvRows::F16(v[at..at + count].reinterpret_cast()),
+            Self::F32(v) => KvRows::F32(&v[at..at + count]),
+        }
+    }
+}
+
+/// Keys or values of one head at consecutive positions: `[positions, head_dim]`.
+#[derive(Debug, Clone, Copy)]
+pub enum KvRows<'a> {
+    /// Halves.
+    F16(&'a [f16]),
+    /// Single precision.
+    F32(&'a [f32]),
+}
+
+impl KvRows<'_> {
+    /// `scores[i] = dot(query, row i) * scale`.
+    pub fn scores(&self, kernels: &CpuKernels, query: &[f32], scale: f32, scores: &mut [f32]) {
+        match self {
+            Self::F16(rows) => {
+                for (s, row) in scores.iter_mut().zip(rows.chunks_exact(query.len())) {
+                    *s = kernels.dot_f16(query, row) * scale;
+                }
+            }
+            Self::F32(rows) => {
+                for (s, row) in scores.iter_mut().zip(rows.chunks_exact(query.len())) {
+                    *s = kernels.dot_f32(query, row) * scale;
+                }
+            }
+        }
+    }
+
+    /// `acc += sum of weights[i] * row i`.
+    pub fn add_weighted(&self, kernels: &CpuKernels, weights: &[f32], acc: &mut [f32]) {
+        match self {
+            Self::F16(rows) => {
+                for (w, row) in weights.iter().zip(rows.chunks_exact(acc.len())) {
+                    kernels.axpy_f16(*w, row, acc);
+                }
+            }
+            Self::F32(rows) => {
+                for (w, row) in weights.iter().zip(rows.chunks_exact(acc.len())) {
+                    kernels.axpy_f32(*w, row, acc);
+                }
+            }
+        }
+    }
+}
+
+impl KvCache {
+    /// An empty cache for `context` positions.
+    ///
+    /// # Errors
+    /// When the format is not one of F16 and F32, a layer cannot be run, or the size overflows.
+    pub fn new(spec: &ModelSpec, context: usize, format: QuantFormat) -> Result<Self> {
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for layer in &spec.layers {
+            let Attention::Gqa(a) = &layer.attention else {
+                return Err(RuntimeError::BadRequest {
+                    what: "attention kind",
+                    found: format!("{:?}", layer.attention),
+                    expected: "grouped-query attention".to_string(),
+                });
+            };
+            let (kv_heads, head_dim) = (a.num_kv_heads as usize, a.head_dim as usize);
+            let count = kv_heads.checked_mul(head_dim).and_then(|n| n.checked_mul(context)).ok_or_else(|| {
+                RuntimeError::BadRequest {
+                    what: "context",
+                    found: context.to_string(),
+                    expected: "a number of tokens whose cache can be addressed".to_string(),
+                }
+            })?;
+            layers.push(LayerCache {
+                keys: Elements::new(format, count)?,
+                values: Elements::new(format, count)?,
+                kv_heads,
+                head_dim,
+            });
+        }
+        Ok(Self { layers, context, len: 0 })
+    }
+
+    /// Positions held.
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Nothing held.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Positions it can hold.
+    pub const fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Forgets every position from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Writes keys and values of new tokens at positions `self.len()..`; [`Self::advance`] makes them part of the cache.
+    pub fn append(
+        &mut self,
+        kernels: &CpuKernels,
+        layer: usize,
+        keys: &[f32],   // [tokens, kv_heads * head_dim]
+        values: &[f32], // [tokens, kv_heads * head_dim]
+    ) {
+        let (start, context) = (self.len, self.context);
+        let l = &mut self.layers[layer];
+        let width = l.kv_heads * l.head_dim;
+        for (t, (k, v)) in keys.chunks_exact(width).zip(values.chunks_exact(width)).enumerate() {
+            for head in 0..l.kv_heads {
+                let at = (head * context + start + t) * l.head_dim;
+                let columns = head * l.head_dim..(head + 1) * l.head_dim;
+                l.keys.write(kernels, at, &k[columns.clone()]);
+                l.values.write(kernels, at, &v[columns]);
+            }
+        }
+    }
+
+    /// Counts `tokens` positions, written in every layer, as held.
+    pub fn advance(&mut self, tokens: usize) {
+        self.len += tokens;
+        debug_assert!(self.len <= self.context, "the session checks the context before a step");
+    }
+
+    /// Keys of one head at positions `start..end`.
+    pub fn keys(&self, layer: usize, head: usize, start: usize, end: usize) -> KvRows<'_> {
+        let l = &self.layers[layer];
+        l.keys.slice((head * self.context + start) * l.head_dim, (end - start) * l.head_dim)
+    }
+
+    /// Values of one head at positions `start..end`.
+    pub fn values(&self, layer: usize, head: usize, start: usize, end: usize) -> KvRows<'_> {
+        let l = &self.layers[layer];
+        l.values.slice((head * self.context + start) * l.head_dim, (end - start) * l.head_dim)
+    }
+}

@@ -1,0 +1,203 @@
+//! The slow obvious executor: the oracle of the fast one.
+//!
+//! The same operation list over a whole sequence at once, without cache, chunks, threads or kernels: every weight row is
+//! dequantised to f32, everything else is plain loops in f64. Formulas are those of the Hugging Face implementations.
+
+use super::model::{Matrix, Model};
+use crate::error::Result;
+use ndarray::{Array1, Array2, ArrayView1, Axis, s};
+use std::collections::HashMap;
+use tierwise_cost::model::{Gqa, Moe, QkNorm, Rope, RopePairing, TensorId};
+use tierwise_cost::op::{Batch, OpKind, Slot, lower};
+
+/// What the oracle computes.
+#[derive(Debug)]
+pub struct Reference {
+    /// `[tokens, vocab_size]`
+    pub logits: Array2<f64>,
+    /// Per layer with experts: its index and, per token, the chosen experts with their weights, heaviest first.
+    pub routing: Vec<(u32, Vec<Vec<(u32, f64)>>)>,
+}
+
+/// Logits and routing at every position of `tokens`.
+///
+/// # Errors
+/// When the model cannot be run.
+pub fn run(model: &Model, tokens: &[u32]) -> Result<Reference> {
+    let n = tokens.len() as u32;
+    let ops = lower(model.spec(), Batch { tokens: n, past: 0, sequences: 1, logits: n })?;
+    let eps = f64::from(model.spec().norm_eps);
+    let vector = |id: TensorId| Array1::from_iter(model.vector(id).iter().map(|x| f64::from(*x)));
+    let mut slots: HashMap<Slot, Array2<f64>> = HashMap::new();
+    let mut routing: Vec<(u32, Vec<Vec<(u32, f64)>>)> = Vec::new();
+    for op in ops {
+        match op.kind {
+            OpKind::Embed { table } => {
+                let table = model.matrix(table);
+                let mut hidden = Array2::zeros((tokens.len(), table.cols));
+                for (t, token) in tokens.iter().enumerate() {
+                    hidden.row_mut(t).assign(&row(&table, *token as usize));
+                }
+                slots.insert(Slot::Hidden, hidden);
+            }
+            OpKind::RmsNorm { weight, input, output } => {
+                let mut x = slots[&input].clone();
+                for mut row in x.rows_mut() {
+                    let normed = rms_norm(row.view(), vector(weight).view(), eps);
+                    row.assign(&normed);
+                }
+                slots.insert(output, x);
+            }
+            OpKind::MatMul { weight, bias, input, output } => {
+                let mut y = matmul(&model.matrix(weight), &slots[&input]);
+                if let Some(bias) = bias {
+                    y += &vector(bias);
+                }
+                slots.insert(output, y);
+            }
+            OpKind::QkNorm { weight, slot, span, head_dim } => {
+                let x = slots.get_mut(&slot).expect("written before");
+                let span = if span == QkNorm::PerHead { head_dim as usize } else { x.ncols() };
+                for mut row in x.rows_mut() {
+                    for start in (0..row.len()).step_by(span) {
+                        let mut part = row.slice_mut(s![start..start + span]);
+                        let normed = rms_norm(part.view(), vector(weight).view(), eps);
+                        part.assign(&normed);
+                    }
+                }
+            }
+            OpKind::Rope { slot, head_dim, rope } => {
+                rotate(slots.get_mut(&slot).expect("written before"), head_dim as usize, &rope);
+            }
+            OpKind::Attention(a) => {
+                let attended = attention(&a, &slots[&Slot::Q], &slots[&Slot::K], &slots[&Slot::V]);
+                slots.insert(Slot::Attended, attended);
+            }
+            OpKind::AddDelta => {
+                let delta = slots[&Slot::Delta].clone();
+                *slots.get_mut(&Slot::Hidden).expect("written before") += &delta;
+            }
+            OpKind::Route { weight, moe } => {
+                let scores = matmul(&model.matrix(weight), &slots[&Slot::Normed]);
+                routing.push((op.layer.unwrap_or(0), scores.rows().into_iter().map(|r| choose(&moe, r)).collect()));
+            }
+            OpKind::RoutedExperts { gate, up, down, moe } => {
+                let x = &slots[&Slot::Normed];
+                let (_, chosen) = routing.last().expect("routed before");
+                let mut delta = Array2::zeros(x.dim());
+                for expert in 0..moe.num_experts {
+                    let mine: Vec<(usize, f64)> = chosen
+                        .iter()
+                        .enumerate()
+                        .flat_map(|(t, c)| c.iter().filter(|(e, _)| *e == expert).map(move |(_, w)| (t, *w)))
+                        .collect();
+                    let inputs = x.select(Axis(0), &mine.iter().map(|(t, _)| *t).collect::<Vec<_>>());
+                    let e = model.expert([gate, up, down], expert);
+                    let outputs = swiglu(&e.gate, &e.up, &e.down, &inputs);
+                    for ((t, w), out) in mine.iter().zip(outputs.rows()) {
+                        delta.row_mut(*t).scaled_add(*w, &out);
+                    }
+                }
+                slots.insert(Slot::Delta, delta);
+            }
+            OpKind::Ffn { gate, up, down, sigmoid_gate, accumulate } => {
+                let x = &slots[&Slot::Normed];
+                let mut out = swiglu(&model.matrix(gate), &model.matrix(up), &model.matrix(down), x);
+                if let Some(gate) = sigmoid_gate {
+                    let gate = vector(gate);
+                    for (mut row, x) in out.rows_mut().into_iter().zip(x.rows()) {
+                        row *= 1.0 / (1.0 + (-x.dot(&gate)).exp());
+                    }
+                }
+                if accumulate {
+                    out += &slots[&Slot::Delta];
+                }
+                slots.insert(Slot::Delta, out);
+            }
+            OpKind::SelectRows => unreachable!("the logits of every position are wanted"),
+        }
+    }
+    let logits = slots.remove(&Slot::Logits).expect("the list ends with the logits");
+    Ok(Reference { logits, routing })
+}
+
+fn row(m: &Matrix<'_>, r: usize) -> Array1<f64> {
+    let mut values = vec![0.0; m.cols];
+    m.dequantize_row(r, &mut values);
+    values.into_iter().map(f64::from).collect()
+}
+
+/// `x * m^T`: `[tokens, cols]` to `[tokens, rows]`.
+fn matmul(m: &Matrix<'_>, x: &Array2<f64>) -> Array2<f64> {
+    let mut y = Array2::zeros((x.nrows(), m.rows));
+    for r in 0..m.rows {
+        y.column_mut(r).assign(&x.dot(&row(m, r)));
+    }
+    y
+}
+
+fn rms_norm(x: ArrayView1<'_, f64>, weight: ArrayView1<'_, f64>, eps: f64) -> Array1<f64> {
+    let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+    &x * &weight / (mean + eps).sqrt()
+}
+
+fn rotate(x: &mut Array2<f64>, head_dim: usize, rope: &Rope) {
+    let dim = rope.rotary_dim as usize;
+    for (position, mut row) in x.rows_mut().into_iter().enumerate() {
+        for head in (0..row.len()).step_by(head_dim) {
+            for pair in 0..dim / 2 {
+                let (i, j) = match rope.pairing {
+                    RopePairing::Halves => (head + pair, head + pair + dim / 2),
+                    RopePairing::Interleaved => (head + 2 * pair, head + 2 * pair + 1),
+                };
+                let angle = position as f64 / f64::from(rope.theta).powf(2.0 * pair as f64 / dim as f64);
+                let (a, b) = (row[i], row[j]);
+                row[i] = a * angle.cos() - b * angle.sin();
+                row[j] = b * angle.cos() + a * angle.sin();
+            }
+        }
+    }
+}
+
+fn attention(a: &Gqa, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>) -> Array2<f64> {
+    let head_dim = a.head_dim as usize;
+    let group = (a.num_heads / a.num_kv_heads) as usize;
+    let window = a.sliding_window.map_or(usize::MAX, |w| w as usize);
+    let mut out = Array2::zeros(q.dim());
+    for t in 0..q.nrows() {
+        for head in 0..a.num_heads as usize {
+            let columns = |h: usize| s![h * head_dim..(h + 1) * head_dim];
+            let query = q.row(t);
+            let query = query.slice(columns(head));
+            let seen: Vec<usize> = (0..=t).filter(|p| t - p < window).collect();
+            let mut weights: Vec<f64> =
+                seen.iter().map(|p| query.dot(&k.row(*p).slice(columns(head / group))) / (head_dim as f64).sqrt()).collect();
+            softmax(&mut weights);
+            for (p, w) in seen.iter().zip(weights) {
+                out.row_mut(t).slice_mut(columns(head)).scaled_add(w, &v.row(*p).slice(columns(head / group)));
+            }
+        }
+    }
+    out
+}
+
+fn softmax(x: &mut [f64]) {
+    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = x.iter().map(|v| (v - max).exp()).sum();
+    x.iter_mut().for_each(|v| *v = (*v - max).exp() / sum);
+}
+
+fn choose(moe: &Moe, scores: ArrayView1<'_, f64>) -> Vec<(u32, f64)> {
+    let mut p = scores.to_vec();
+    softmax(&mut p);
+    let mut order: Vec<usize> = (0..p.len()).collect();
+    order.sort_by(|a, b| p[*b].total_cmp(&p[*a]).then(a.cmp(b)));
+    order.truncate(moe.experts_per_token as usize);
+    let sum: f64 = if moe.router.normalize_topk { order.iter().map(|e| p[*e]).sum() } else { 1.0 };
+    order.into_iter().map(|e| (e as u32, p[e] / sum * f64::from(moe.router.scale))).collect()
+}
+
+fn swiglu(gate: &Matrix<'_>, up: &Matrix<'_>, down: &Matrix<'_>, x: &Array2<f64>) -> Array2<f64> {
+    let silu = matmul(gate, x).mapv_into(|g| g / (1.0 + (-g).exp()));
+    matmul(down, &(silu * matmul(up, x)))
+}

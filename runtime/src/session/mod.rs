@@ -1,0 +1,311 @@
+//! A loaded model with its engine: prefill, decode, logits of every position.
+//!
+//! What a session holds in memory is what its plan budgets: context, cache format, chunk and slots come from the plan alone.
+
+mod perplexity;
+
+pub use crate::exec::driver::Recording;
+pub use crate::exec::executor::CapturedRouting;
+pub use crate::exec::model::Model;
+pub use perplexity::{Perplexity, perplexity};
+
+use crate::error::{Result, RuntimeError};
+use crate::exec::driver::Driver;
+use crate::exec::executor::Executor;
+use crate::exec::loader::{ExpertReader, Loader};
+use crate::exec::slots::{ExpertSlots, LayerSlots};
+use ndarray::Array2;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tierwise_cost::machine::{MemoryKind, ProcessorKind};
+use tierwise_planner::CheckedPlan;
+use tierwise_planner::engine::{Engine, Statistics};
+
+/// What is not in the plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionConfig {
+    /// Compute threads.
+    pub threads: usize,
+    /// Keep every layer's routing for [`Session::take_routing`].
+    pub capture_routing: bool,
+    /// Keep the engine's inputs and actions for [`Session::recording`].
+    pub record: bool,
+}
+
+impl SessionConfig {
+    /// `threads` compute threads, nothing captured or recorded.
+    pub const fn new(threads: usize) -> Self {
+        Self { threads, capture_routing: false, record: false }
+    }
+}
+
+/// Time spent and work done since the session was opened.
+#[derive(Debug, Clone)]
+pub struct SessionStatistics {
+    /// Tokens computed in prompts.
+    pub prefill_tokens: usize,
+    /// Time for them.
+    pub prefill_time: Duration,
+    /// Tokens computed one at a time.
+    pub decode_tokens: usize,
+    /// Time for them.
+    pub decode_time: Duration,
+    /// The engine's counters: hits, misses, loads, bytes.
+    pub engine: Statistics,
+}
+
+/// One sequence on one model.
+pub struct Session {
+    model: Arc<Model>,
+    executor: Executor,
+    driver: Driver,
+    chunk_tokens: usize,
+    /// Logits after the last token: `[vocab_size]`.
+    logits: Vec<f32>,
+    prefill: (usize, Duration),
+    decode: (usize, Duration),
+}
+
+impl Session {
+    /// Allocates what the plan says and starts the threads.
+    ///
+    /// # Errors
+    /// When the plan is for another model or wants a processor or memory that this build does not use, or the system refuses
+    /// threads or files.
+    pub fn open(model: Arc<Model>, plan: &CheckedPlan, config: SessionConfig) -> Result<Self> {
+        let layers = (0..model.spec().layers.len() as u32).filter(|l| plan.slots(*l) > 0).collect::<Vec<_>>();
+        let reader: Option<Arc<dyn ExpertReader>> =
+            if layers.is_empty() { None } else { Some(Arc::new(model.expert_reader(&layers)?)) };
+        Self::with_reader(model, plan, config, reader)
+    }
+
+    /// [`Self::open`] with another source of experts, e.g. one that fails.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn with_reader(
+        model: Arc<Model>,
+        plan: &CheckedPlan,
+        config: SessionConfig,
+        reader: Option<Arc<dyn ExpertReader>>,
+    ) -> Result<Self> {
+        check_plan(&model, plan)?;
+        let mut layers = Vec::with_capacity(model.spec().layers.len());
+        for layer in 0..model.spec().layers.len() as u32 {
+            let layout = model.expert_layout(layer);
+            let bytes = layout.as_ref().map_or(0, |l| l.bytes);
+            if plan.slots(layer) > 0 && bytes as u64 != plan.expert_bytes(layer).0 {
+                return Err(RuntimeError::BadRequest {
+                    what: "plan",
+                    found: format!("{} for an expert of layer {layer}", plan.expert_bytes(layer)),
+                    expected: format!("{bytes} bytes, as the model's file has; make the plan again"),
+                });
+            }
+            let buffers = (0..plan.slots(layer)).map(|_| vec![0; bytes]).collect();
+            layers.push(LayerSlots { layout, buffers });
+        }
+        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layers), Loader::new(reader)?, config.record);
+        let context = plan.context() as usize;
+        let executor = Executor::new(&model, config.threads, context, plan.kv_format(), config.capture_routing)?;
+        Ok(Self {
+            model,
+            executor,
+            driver,
+            chunk_tokens: plan.chunk_tokens().max(1) as usize,
+            logits: Vec::new(),
+            prefill: Default::default(),
+            decode: Default::default(),
+        })
+    }
+
+    /// The model.
+    pub const fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Tokens in the cache.
+    pub const fn len(&self) -> usize {
+        self.executor.kv().len()
+    }
+
+    /// Nothing in the cache.
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens the cache can hold.
+    pub const fn context(&self) -> usize {
+        self.executor.kv().context()
+    }
+
+    /// Forgets the sequence. Loaded experts stay.
+    pub fn reset(&mut self) {
+        self.truncate(0);
+    }
+
+    /// Forgets the tokens from `len` on, e.g. to keep a common prefix.
+    pub fn truncate(&mut self, len: usize) {
+        self.executor.kv_mut().truncate(len);
+        self.logits.clear();
+    }
+
+    /// Logits after the last token: `[vocab_size]`; empty before the first.
+    pub fn last_logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Computes a prompt (or the next part of it) in chunks; logits after its last token: `[vocab_size]`.
+    ///
+    /// # Errors
+    /// For no token, one outside the vocabulary, more than fit the context, or an expert that cannot be read.
+    pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.check(tokens)?;
+        let start = Instant::now();
+        for chunk in tokens.chunks(self.chunk_tokens) {
+            self.step_for_last(chunk)?;
+        }
+        self.prefill.0 += tokens.len();
+        self.prefill.1 += start.elapsed();
+        Ok(&self.logits)
+    }
+
+    /// Computes one token; logits after it: `[vocab_size]`.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn decode(&mut self, token: u32) -> Result<&[f32]> {
+        self.check(&[token])?;
+        let start = Instant::now();
+        self.step_for_last(&[token])?;
+        self.decode.0 += 1;
+        self.decode.1 += start.elapsed();
+        Ok(&self.logits)
+    }
+
+    /// Computes a prompt and gives the logits after each token from number `first` on to `sink(number, logits)`.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn for_each_logits(&mut self, tokens: &[u32], first: usize, mut sink: impl FnMut(usize, &[f32]) + Send) -> Result<()> {
+        self.check(tokens)?;
+        let start = Instant::now();
+        for (i, chunk) in tokens.chunks(self.chunk_tokens).enumerate() {
+            let at = i * self.chunk_tokens;
+            let end = at + chunk.len();
+            if end <= first {
+                self.step_for_last(chunk)?;
+                continue;
+            }
+            let wanted = end - first.max(at);
+            let Self { model, executor, driver, logits: last, .. } = self;
+            executor.step(model, driver, chunk, wanted, &mut |row, block| {
+                for (i, logits) in block.rows().into_iter().enumerate() {
+                    let logits = logits.to_slice().expect("logits are row-major");
+                    sink(end - wanted + row + i, logits);
+                    if row + i + 1 == wanted {
+                        last.clear();
+                        last.extend_from_slice(logits);
+                    }
+                }
+            })?;
+        }
+        self.prefill.0 += tokens.len();
+        self.prefill.1 += start.elapsed();
+        Ok(())
+    }
+
+    /// Computes a prompt; logits after every token: `[tokens, vocab_size]`.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn logits_all(&mut self, tokens: &[u32]) -> Result<Array2<f32>> {
+        let mut all = Array2::zeros((tokens.len(), self.model.spec().vocab_size as usize));
+        self.for_each_logits(tokens, 0, |i, logits| {
+            all.row_mut(i).as_slice_mut().expect("a new array is row-major").copy_from_slice(logits);
+        })?;
+        Ok(all)
+    }
+
+    /// The routing captured since the last call, in the order of computation; empty unless capture is on.
+    pub fn take_routing(&mut self) -> Vec<CapturedRouting> {
+        self.executor.take_routing()
+    }
+
+    /// The engine's inputs and actions so far, if the session records.
+    pub const fn recording(&self) -> Option<&Recording> {
+        self.driver.recording()
+    }
+
+    /// Time spent and work done.
+    pub fn statistics(&self) -> SessionStatistics {
+        SessionStatistics {
+            prefill_tokens: self.prefill.0,
+            prefill_time: self.prefill.1,
+            decode_tokens: self.decode.0,
+            decode_time: self.decode.1,
+            engine: self.driver.statistics(),
+        }
+    }
+
+    fn step_for_last(&mut self, tokens: &[u32]) -> Result<()> {
+        let Self { model, executor, driver, logits, .. } = self;
+        executor.step(model, driver, tokens, 1, &mut |_, block| {
+            logits.clear();
+            logits.extend(block.iter());
+        })
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        let spec = self.model.spec();
+        let bad = |found: String, expected: String| Err(RuntimeError::BadRequest { what: "tokens", found, expected });
+        if tokens.is_empty() {
+            return bad("none".to_string(), "at least one".to_string());
+        }
+        if let Some(token) = tokens.iter().find(|t| **t >= spec.vocab_size) {
+            return bad(format!("id {token}"), format!("ids below the vocabulary's size {}", spec.vocab_size));
+        }
+        let needed = self.len() + tokens.len();
+        if needed > self.context() {
+            return Err(RuntimeError::ContextTooSmall {
+                needed,
+                context: self.context(),
+                trained: spec.context_length as usize,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a plan for another model, or for processors and memories that the CPU executor does not use.
+fn check_plan(model: &Model, plan: &CheckedPlan) -> Result<()> {
+    let bad = |found: String, expected: String| Err(RuntimeError::BadRequest { what: "plan", found, expected });
+    let (made_for, is) = (&plan.plan().model.fingerprint, model.spec().fingerprint());
+    if *made_for != is {
+        return bad(format!("made for {} ({made_for})", plan.plan().model.name), format!("one for this model ({is})"));
+    }
+    for executor in plan.required_executors() {
+        if executor.kind != ProcessorKind::Cpu {
+            return bad(
+                format!("experts computed on {}", executor.id),
+                "a plan for the CPU alone: plan with --vram 0, or for a machine without GPU".to_string(),
+            );
+        }
+    }
+    for (layer, moe) in model.spec().moe_layers() {
+        for expert in 0..moe.num_experts {
+            let tier = plan.tier(plan.tier_of(layer, expert));
+            match tier.kind {
+                MemoryKind::Dram => {}
+                MemoryKind::Disk if plan.slots(layer) > 0 => {}
+                MemoryKind::Disk => return bad(format!("layer {layer} with experts on disk and no slot"), "at least one slot".to_string()),
+                MemoryKind::Vram | MemoryKind::Cxl => {
+                    return bad(
+                        format!("layer {layer} expert {expert} in {}", tier.memory),
+                        "experts in main memory or on disk: other memories can be planned for but not used yet".to_string(),
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
