@@ -7,7 +7,7 @@ use tierwise_cost::model::ModelSpec;
 use tierwise_cost::recipe::Recipe;
 use tierwise_runtime::import::ModelSource;
 use tierwise_runtime::import::configs::{self, Kind};
-use tierwise_runtime::probe;
+use tierwise_runtime::probe::{ProbeOptions, probe_machine};
 
 /// The user's folder of descriptions, if set. The only environment variables are read here.
 fn configs_dir() -> Option<PathBuf> {
@@ -47,7 +47,8 @@ pub fn machine(name: Option<&str>, threads: Option<usize>) -> Result<(Machine, S
         if let Some(path) = calibrated_file().filter(|p| p.is_file()) {
             return Ok((machine_from_file(&path)?, format!("this machine, as calibrated in {}", path.display())));
         }
-        return Ok((probe::quick(threads)?, "this machine, probed quickly".to_string()));
+        let options = ProbeOptions { threads, ..ProbeOptions::default() };
+        return Ok((probe_machine(options)?, "this machine, probed quickly".to_string()));
     };
     let path = Path::new(name);
     if path.is_file() {

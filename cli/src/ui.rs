@@ -65,7 +65,7 @@ impl Ui {
 /// A plain table with a header row; columns from the second on are right-aligned when `numbers` is set.
 pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>, numbers: bool) -> String {
     let mut t = Table::new();
-    t.load_preset(presets::NOTHING).set_header(header.iter().copied());
+    t.load_style(presets::NOTHING).set_header(header.iter().copied());
     for row in rows {
         t.add_row(row);
     }

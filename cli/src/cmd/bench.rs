@@ -6,7 +6,6 @@ use crate::ui::{self, Ui, number};
 use anyhow::{Result, bail};
 use serde_json::json;
 use std::time::Instant;
-use tierwise_runtime::probe;
 
 /// One test's speeds over the repetitions.
 struct Measured {
@@ -59,7 +58,7 @@ pub fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
 }
 
 fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Result<()> {
-    let bandwidth = probe::read_bandwidth(loaded.threads);
+    let bandwidth = loaded.machine.home(loaded.machine.main_processor()).read_bandwidth.value;
     let rows: Vec<_> = results
         .iter()
         .map(|m| {
@@ -90,7 +89,7 @@ fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Re
             ]
         });
         format!(
-            "{} ({}), {} threads, depth {}\n{}\nmemory reads {bandwidth} with {} threads, measured just now",
+            "{} ({}), {} threads, depth {}\n{}\nthe limit assumes that memory reads {bandwidth} with {} threads",
             loaded.plan.plan().model.name,
             loaded.plan.plan().model.format,
             loaded.threads,

@@ -1,7 +1,8 @@
 //! `tierwise demo`: the bundled model planned for and run on this machine, in seconds.
 
 use crate::args::{DemoArgs, DeviceArg, ExecArgs, SamplingArgs};
-use crate::cmd::{plan, run};
+use crate::cmd::plan;
+use crate::cmd::run::{generate, report_text, to_json};
 use crate::loaded::Loaded;
 use crate::model;
 use crate::ui::Ui;
@@ -37,14 +38,14 @@ pub fn run(args: &DemoArgs, ui: &Ui) -> Result<()> {
     let tokens = loaded.tokenizer()?.encode(&args.prompt, AddSpecial::AsModel, false)?;
     let sampling =
         SamplingArgs { num_tokens: args.num_tokens, temp: 0.8, top_k: 40, top_p: 0.95, min_p: 0.05, seed: Some(args.seed) };
-    let generated = run::generate(&mut loaded, &tokens, &sampling, false, ui)?;
+    let generated = generate(&mut loaded, &tokens, &sampling, false, ui)?;
     if ui.json {
-        let mut value = run::to_json(&loaded, &tokens, &generated);
+        let mut value = to_json(&loaded, &tokens, &generated);
         value["plan"] = serde_json::to_value(loaded.plan.plan()).context("plan to JSON")?;
         value["model_file"] = json!(file);
         return ui.result(&value, String::new);
     }
-    ui.out(&format!("\nHow fast it was\n{}\n", run::report_text(&loaded, &tokens, &generated)))?;
+    ui.out(&format!("\nHow fast it was\n{}\n", report_text(&loaded, &tokens, &generated)))?;
     ui.out(&format!("\nNext: tierwise doctor; tierwise run {} -p \"...\"; tierwise plan qwen3-30b-a3b\n", file.display()))
 }
 

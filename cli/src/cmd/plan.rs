@@ -85,10 +85,11 @@ pub fn describe(plan: &Plan, spec: &ModelSpec, machine_origin: &str) -> String {
         plan.request.kv_format
     );
     text += "Where the experts are\n";
-    let rows = tier_table(plan).into_iter().map(|t| {
-        vec![t.memory.clone(), t.executor.clone(), t.experts.to_string(), t.bytes.to_string(), t.layers.clone()]
+    let rows = tier_table(plan).into_iter().filter(|t| t.experts > 0).map(|t| {
+        let slots = t.place.through.map_or_else(|| "-".into(), |memory| format!("{} in {memory}", t.slots));
+        vec![t.place.memory, t.place.executor, t.experts.to_string(), t.bytes.to_string(), t.layers.to_string(), slots]
     });
-    text += &ui::table(&["memory", "computed by", "experts", "bytes", "layers"], rows, false);
+    text += &ui::table(&["memory", "computed by", "experts", "bytes", "layers", "cache slots"], rows, false);
     text += "\n\nWhat every byte is for\n";
     let rows = plan.budgets.iter().flat_map(|b| {
         let head = vec![b.memory.clone(), "budget".into(), b.capacity.to_string()];

@@ -59,7 +59,7 @@ pub fn generate(loaded: &mut Loaded, prompt: &[u32], args: &SamplingArgs, ignore
     let mut sampler = Sampler::new(config)?;
     let Loaded { session, tokenizer, .. } = loaded;
     let tokenizer = tokenizer.as_ref().map_err(|e| anyhow::anyhow!("{e}"))?;
-    let mut stream = StreamDecoder::new(tokenizer);
+    let mut stream = StreamDecoder::new(!ignore_eos);
     let mut out = Generated { tokens: Vec::new(), text: String::new(), seed, prefill_s: 0.0, decode_s: 0.0, stop: "length" };
     let mut logits = session.prefill(prompt)?.to_vec();
     out.prefill_s = session.statistics().prefill_time.as_secs_f64();
@@ -70,7 +70,7 @@ pub fn generate(loaded: &mut Loaded, prompt: &[u32], args: &SamplingArgs, ignore
             break;
         }
         out.tokens.push(token);
-        if let Some(text) = stream.push(token) {
+        if let Some(text) = stream.push(tokenizer, token) {
             if !ui.json {
                 ui.out(&text)?;
             }
@@ -86,7 +86,7 @@ pub fn generate(loaded: &mut Loaded, prompt: &[u32], args: &SamplingArgs, ignore
         logits.clear();
         logits.extend_from_slice(session.decode(token)?);
     }
-    let rest = stream.finish();
+    let rest = stream.flush().unwrap_or_default();
     if !ui.json {
         ui.out(&format!("{rest}\n"))?;
     }
