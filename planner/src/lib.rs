@@ -1,1 +1,32 @@
-//! skeleton
+//! Every decision, at plan time and at run time. Sans-IO: no clock, no file, no thread, no device.
+//!
+//! * [`request`]: what a plan is wanted for; [`problem`]: model + machine + request, and what may go where.
+//! * [`budget`]: every byte of every memory has a line.
+//! * [`evaluate`]: owns the objective and the feasibility check; judges what solvers propose.
+//! * [`solver`]: propose placements; [`lower_bound`]: what no placement can beat.
+//! * [`plan`]: the plan file; [`check`]: the only way to a [`CheckedPlan`]; [`explain`]: why each expert is where it is.
+//! * [`engine`]: the run-time brain; [`sim`]: its driver on a virtual clock.
+
+pub mod budget;
+pub mod check;
+pub mod engine;
+pub mod error;
+pub mod evaluate;
+pub mod explain;
+pub mod hits;
+pub mod lower_bound;
+pub mod make;
+pub mod plan;
+pub mod price;
+pub mod problem;
+pub mod request;
+pub mod sim;
+pub mod solver;
+
+pub use check::CheckedPlan;
+pub use error::PlanError;
+pub use make::{make_plan, plan_from_placement};
+pub use plan::Plan;
+pub use problem::Problem;
+pub use request::{Limits, Objective, Popularity, Request, Workload};
+pub use solver::SolverKind;

@@ -65,6 +65,9 @@ pub trait CostModel: Send + Sync {
     /// Time of one copy of `bytes` over `link`.
     fn transfer(&self, link: &Link, bytes: Bytes) -> Estimate;
 
+    /// What it is and what it assumes, in a line for people.
+    fn describe(&self) -> String;
+
     /// One round trip in a layer: handing inputs to `p` and results back, when `p` is not the main processor.
     fn sync(&self, p: &Processor) -> Estimate;
 }

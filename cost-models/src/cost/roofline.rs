@@ -71,6 +71,20 @@ fn source_of<T>(rate: &Sourced<T>) -> EstimateSource {
 }
 
 impl CostModel for Roofline {
+    fn describe(&self) -> String {
+        format!(
+            "roofline; shares of the rates reached: VRAM {}, DRAM {}, measured memory {}, links and disks {}, GPU arithmetic {}, \
+             CPU arithmetic {}; {} us per round trip",
+            self.vram.value,
+            self.dram.value,
+            self.measured.value,
+            self.link.value,
+            self.gpu_flops.value,
+            self.cpu_flops.value,
+            (self.sync_s.value * 1e6).round()
+        )
+    }
+
     fn compute(&self, p: &Processor, from: &Memory, work: Work, launches: u32) -> Estimate {
         let memory = self.memory_efficiency(from);
         let (arithmetic, rate) = match p.kind {

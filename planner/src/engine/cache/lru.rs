@@ -1,0 +1,32 @@
+//! Least recently used. Experts of one demand were used at the same time; among them the one with the smallest number goes first.
+
+use super::CachePolicy;
+
+/// When each expert was last demanded.
+#[derive(Debug, Clone)]
+pub struct Lru {
+    now: u64,
+    /// Number of the demand that last asked for it; 0 never. `[num_experts]`
+    last_used: Vec<u64>,
+}
+
+impl Lru {
+    /// Nothing was used yet.
+    pub fn new(num_experts: u32) -> Self {
+        Self { now: 0, last_used: vec![0; num_experts as usize] }
+    }
+}
+
+impl CachePolicy for Lru {
+    fn on_demand(&mut self, experts: &[u32]) {
+        self.now += 1;
+        for e in experts {
+            self.last_used[*e as usize] = self.now;
+        }
+    }
+
+    fn victim(&self, candidates: &[u32]) -> u32 {
+        // min_by_key keeps the first of equals.
+        candidates.iter().copied().min_by_key(|e| self.last_used[*e as usize]).expect("candidates are not empty")
+    }
+}

@@ -1,0 +1,29 @@
+//! Cache policies: who has to go. The mechanism ([`super::expert_cache`]) knows what may go.
+//!
+//! A new policy: one file, one variant of [`CachePolicyKind`], one arm in [`build`]; the policy suite in `tests` then holds it to the
+//! rules.
+
+mod lru;
+
+pub use lru::Lru;
+
+use crate::plan::CachePolicyKind;
+
+/// Ranks the residents of one layer's slots. Deterministic: the same calls give the same answers.
+pub trait CachePolicy: std::fmt::Debug + Send {
+    /// A step asks for these experts, ascending; called once per demand, before any eviction for it.
+    fn on_demand(&mut self, experts: &[u32]);
+
+    /// The expert of `candidates` (ascending, not empty) that is worth least.
+    fn victim(&self, candidates: &[u32]) -> u32;
+}
+
+/// The policy of a layer with `num_experts` experts.
+pub fn build(kind: CachePolicyKind, num_experts: u32) -> Box<dyn CachePolicy> {
+    match kind {
+        CachePolicyKind::Lru => Box::new(Lru::new(num_experts)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

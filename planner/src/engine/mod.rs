@@ -1,0 +1,241 @@
+//! The run-time brain: `handle(now, Input)` takes what happened, `poll(now)` gives what to do next.
+//!
+//! Sans-IO: it never waits, reads no clock, touches no memory of the model. Two drivers exist: the simulator ([`crate::sim`]) and the
+//! runtime. The contract, in four sentences:
+//!
+//! 1. A demand is the *set* of experts that one layer needs in one step; hits are judged at its start, and nothing demanded is
+//!    evicted before it was computed.
+//! 2. Hits are computed at once as the first wave (one wave per executor); misses are evicted-for, loaded and computed in further
+//!    waves, each expert exactly once, and `Finish` follows the last `Computed`.
+//! 3. Decisions follow from the sequence of inputs alone, never from when `poll` is called: replaying a recorded run's inputs gives
+//!    its recorded actions.
+//! 4. A failed load is tried again twice, then - as after any input that cannot be - the engine answers `Abort` and nothing more.
+
+pub mod cache;
+mod expert_cache;
+mod layer;
+
+use crate::check::CheckedPlan;
+use layer::LayerEngine;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use tierwise_cost::units::{Bytes, Nanos};
+
+/// Loads of an expert are tried again this often.
+pub const MAX_RETRIES: u32 = 2;
+
+/// An expert of the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ExpertKey {
+    /// Layer of the model.
+    pub layer: u32,
+    /// Expert of the layer.
+    pub expert: u32,
+}
+
+/// Index into a plan's tiers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct TierId(pub u32);
+
+/// Index into a plan's executors; 0 is the main one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ExecutorId(pub u32);
+
+/// What one layer needs in one step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demand {
+    /// The driver's number for the step; comes back with [`Action::Finish`].
+    pub step: u64,
+    /// Layer of the model.
+    pub layer: u32,
+    /// (expert, tokens routed to it), ascending by expert, tokens at least 1.
+    pub experts: Vec<(u32, u32)>,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Input {
+    /// The router of a layer has chosen. One demand per layer at a time.
+    Routed(Demand),
+    /// A load is done.
+    Loaded {
+        /// The expert.
+        key: ExpertKey,
+        /// Its slot.
+        slot: u32,
+    },
+    /// A wave is computed.
+    Computed {
+        /// Its layer.
+        layer: u32,
+        /// Its number.
+        wave: u32,
+    },
+    /// A load failed.
+    Failed {
+        /// The expert.
+        key: ExpertKey,
+        /// The slot it was to come into.
+        slot: u32,
+        /// Why, for people.
+        reason: String,
+    },
+}
+
+/// Where an expert's weights are for a computation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Location {
+    /// In its tier's memory, as planned.
+    Resident,
+    /// In a cache slot of its layer.
+    Slot(u32),
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Action {
+    /// A slot's content is given up; a load into it follows.
+    Evict {
+        /// Who leaves.
+        key: ExpertKey,
+        /// The slot.
+        slot: u32,
+    },
+    /// Bring an expert into a slot; answer with `Loaded` or `Failed`.
+    Load {
+        /// The expert.
+        key: ExpertKey,
+        /// The slot.
+        slot: u32,
+        /// Its size.
+        bytes: Bytes,
+        /// The tier it comes from.
+        from: TierId,
+    },
+    /// Compute these experts for the tokens of the layer's demand; answer with `Computed`.
+    Compute {
+        /// The layer.
+        layer: u32,
+        /// Number of the wave within the demand, from 0.
+        wave: u32,
+        /// (expert, where its weights are), ascending by expert.
+        experts: Vec<(u32, Location)>,
+        /// Who computes.
+        executor: ExecutorId,
+    },
+    /// A demand is served.
+    Finish {
+        /// Its step.
+        step: u64,
+        /// Its layer.
+        layer: u32,
+    },
+    /// It cannot go on; nothing follows.
+    Abort {
+        /// Why, for people.
+        reason: String,
+    },
+}
+
+/// Counts since the start.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Statistics {
+    /// Demands taken.
+    pub demands: u64,
+    /// Experts demanded; one expert in one demand is one request, however many tokens it serves.
+    pub requests: u64,
+    /// Requests found in place: planned residents and experts in slots.
+    pub hits: u64,
+    /// Those of the hits that are planned residents.
+    pub resident_hits: u64,
+    /// Requests that had to be loaded.
+    pub misses: u64,
+    /// Loads asked for, retries included.
+    pub loads: u64,
+    /// Loads asked for again after a failure.
+    pub retries: u64,
+    /// Experts that had to leave a slot.
+    pub evictions: u64,
+    /// Computations asked for.
+    pub waves: u64,
+    /// Bytes of loads by tier they come from. `[tiers]`
+    pub bytes_loaded_by_tier: Vec<Bytes>,
+    /// Time during which a layer waited for loads with nothing to compute.
+    pub stalled: Nanos,
+}
+
+impl Statistics {
+    /// Share of requests found in place; 1 without requests.
+    pub fn hit_rate(&self) -> f64 {
+        if self.requests == 0 { 1.0 } else { self.hits as f64 / self.requests as f64 }
+    }
+
+    /// Share of requests for cached experts found in a slot; 1 without such requests.
+    pub fn cache_hit_rate(&self) -> f64 {
+        let cached = self.requests - self.resident_hits;
+        if cached == 0 { 1.0 } else { (self.hits - self.resident_hits) as f64 / cached as f64 }
+    }
+}
+
+/// The engine.
+#[derive(Debug)]
+pub struct Engine {
+    layers: Vec<LayerEngine>,
+    /// Index into `layers`, by model layer.
+    index_of: Vec<Option<usize>>,
+    actions: VecDeque<Action>,
+    statistics: Statistics,
+    aborted: bool,
+}
+
+impl Engine {
+    /// An engine for a checked plan, with empty slots.
+    pub fn new(plan: &CheckedPlan) -> Self {
+        let mut index_of = Vec::new();
+        let mut layers = Vec::with_capacity(plan.moe_layers().len());
+        for (i, layer) in plan.moe_layers().iter().enumerate() {
+            index_of.resize(*layer as usize, None);
+            index_of.push(Some(i));
+            layers.push(LayerEngine::new(plan, *layer));
+        }
+        let statistics = Statistics { bytes_loaded_by_tier: vec![Bytes::ZERO; plan.plan().tiers.len()], ..Statistics::default() };
+        Self { layers, index_of, actions: VecDeque::new(), statistics, aborted: false }
+    }
+
+    /// Takes what happened at `now`.
+    pub fn handle(&mut self, now: Nanos, input: Input) {
+        if self.aborted {
+            return;
+        }
+        let layer = match &input {
+            Input::Routed(d) => d.layer,
+            Input::Loaded { key, .. } | Input::Failed { key, .. } => key.layer,
+            Input::Computed { layer, .. } => *layer,
+        };
+        let outcome = match self.index_of.get(layer as usize).copied().flatten() {
+            None => Err(format!("layer {layer} has no routed experts")),
+            Some(i) => self.layers[i].handle(now, input, &mut self.actions, &mut self.statistics),
+        };
+        if let Err(reason) = outcome {
+            self.aborted = true;
+            self.actions.clear();
+            self.actions.push_back(Action::Abort { reason });
+        }
+    }
+
+    /// The next thing to do; `None` until something happens.
+    pub fn poll(&mut self, _now: Nanos) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// Counts since the start.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    /// Slots of a layer with the experts that are ready in them.
+    pub fn resident_slots(&self, layer: u32) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let index = self.index_of.get(layer as usize).copied().flatten();
+        index.into_iter().flat_map(|i| self.layers[i].ready_slots())
+    }
+}

@@ -1,0 +1,239 @@
+//! The judge: what a placement costs and whether it fits. Independent of every solver.
+//!
+//! Decode step = other + sum over MoE layers of [fixed + max(GPU branch, CPU branch, link branch)]; a processor's branch is the
+//! time of its active experts plus one round trip if it is not the main one and any of its experts is active (algorithms §1).
+//! Loads are means over steps. The expectation of a maximum is at least the maximum of expectations, so predictions are slightly
+//! optimistic and the lower bound holds for both.
+
+use crate::error::PlanError;
+use crate::price::{Case, Copies, LayerPrice, Phase, PriceTable};
+use crate::problem::Problem;
+use crate::request::Objective;
+use tierwise_cost::cost::CostModel;
+use tierwise_cost::units::Bytes;
+
+/// What a solver proposes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    /// Per MoE layer of the problem.
+    pub layers: Vec<LayerPlacement>,
+}
+
+/// One layer of a [`Placement`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerPlacement {
+    /// Tier of each expert. `[num_experts]`
+    pub tier_of: Vec<u8>,
+    /// Cache slots.
+    pub slots: u32,
+}
+
+/// Expected load of each tier in one layer and step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loads {
+    /// Experts per tier.
+    pub count: Vec<u32>,
+    /// Expected active experts per tier.
+    pub mass: Vec<f64>,
+    /// Expected copied experts per tier.
+    pub copied: Vec<f64>,
+    /// Sum of ln(1 - p) per tier: its exponential is the probability that none is active.
+    idle: Vec<f64>,
+}
+
+impl Loads {
+    /// Loads of `placement` under the activity that `price` states.
+    pub fn new(price: &LayerPrice, placement: &LayerPlacement) -> Self {
+        let n = price.tiers.len();
+        let mut loads = Self { count: vec![0; n], mass: vec![0.0; n], copied: vec![0.0; n], idle: vec![0.0; n] };
+        for (tier, p) in placement.tier_of.iter().zip(&price.active) {
+            let t = usize::from(*tier);
+            loads.count[t] += 1;
+            loads.mass[t] += p;
+            loads.idle[t] += (1.0 - p.min(1.0 - 1e-12)).ln();
+        }
+        let cached = (0..n).filter(|t| price.tiers[*t].copies == Copies::Misses).map(|t| loads.count[t]).sum();
+        let miss_rate = price.misses.miss_rate(placement.slots, cached);
+        for t in 0..n {
+            loads.copied[t] = match price.tiers[t].copies {
+                Copies::Never => 0.0,
+                Copies::Misses => loads.mass[t] * miss_rate,
+                Copies::Always => loads.mass[t],
+            };
+        }
+        loads
+    }
+}
+
+/// Time of one layer's routed experts, per resource.
+#[derive(Debug, Clone, Default)]
+pub struct Branches {
+    /// Seconds per processor.
+    pub processors: Vec<f64>,
+    /// Seconds per link.
+    pub links: Vec<f64>,
+}
+
+impl Branches {
+    /// Branches of one layer.
+    pub fn new(price: &LayerPrice, loads: &Loads, num_links: usize) -> Self {
+        let mut b = Self { processors: vec![0.0; price.sync_s.len()], links: vec![0.0; num_links] };
+        let mut idle = vec![0.0; price.sync_s.len()];
+        for (t, tier) in price.tiers.iter().enumerate() {
+            if loads.count[t] == 0 {
+                continue;
+            }
+            b.processors[tier.processor] += loads.mass[t] * tier.expert_s;
+            idle[tier.processor] += loads.idle[t];
+            if tier.copies != Copies::Never {
+                b.links[tier.link] += loads.copied[t] * tier.copy_s;
+            }
+        }
+        for (p, sync) in price.sync_s.iter().enumerate() {
+            b.processors[p] += sync * (1.0 - idle[p].exp());
+        }
+        b
+    }
+
+    /// The slowest branch.
+    pub fn max(&self) -> f64 {
+        self.processors.iter().chain(&self.links).copied().fold(0.0, f64::max)
+    }
+}
+
+/// Seconds of one MoE layer.
+pub fn layer_seconds(table: &PriceTable, index: usize, placement: &LayerPlacement) -> f64 {
+    let price = table.layer(index);
+    price.fixed_s + Branches::new(price, &Loads::new(price, placement), table.links.len()).max()
+}
+
+/// Seconds of one step.
+pub fn step_seconds(table: &PriceTable, placement: &Placement) -> f64 {
+    table.other_s + placement.layers.iter().enumerate().map(|(i, l)| layer_seconds(table, i, l)).sum::<f64>()
+}
+
+/// The price tables of one case.
+#[derive(Debug, Clone)]
+pub struct Prices {
+    /// One token per sequence.
+    pub decode: PriceTable,
+    /// A prompt chunk where the experts lie.
+    pub in_place: PriceTable,
+    /// A prompt chunk with experts copied to the main processor; absent when nothing is outside or no link leads there.
+    pub streamed: Option<PriceTable>,
+}
+
+impl Prices {
+    /// All prices of a case.
+    ///
+    /// # Panics
+    /// Never: tiers were made only where a route exists, so decode and in-place prefill always have prices.
+    pub fn new(problem: &Problem<'_>, cost: &dyn CostModel, case: Case) -> Self {
+        let table = |phase| PriceTable::new(problem, cost, phase, case);
+        Self {
+            decode: table(Phase::Decode).expect("every tier has a route"),
+            in_place: table(Phase::PrefillInPlace).expect("every tier has a route"),
+            streamed: table(Phase::PrefillStreamed),
+        }
+    }
+
+    /// Seconds of the request's prompt, and whether experts are streamed.
+    pub fn prompt_seconds(&self, problem: &Problem<'_>, placement: &Placement) -> (f64, bool) {
+        let chunks = f64::from(problem.request.prompt_tokens) / f64::from(self.in_place.tokens);
+        let in_place = step_seconds(&self.in_place, placement) * chunks;
+        match self.streamed.as_ref().map(|t| step_seconds(t, placement) * chunks) {
+            Some(streamed) if streamed < in_place => (streamed, true),
+            _ => (in_place, false),
+        }
+    }
+
+    /// The separable forms of the objective: weighted sums over layers. Whether prompts run in place or streamed is one choice for the
+    /// whole plan, so there is a form for each; the objective is the least of the forms.
+    pub fn forms(&self, problem: &Problem<'_>) -> Vec<Weights<'_>> {
+        let r = &problem.request;
+        let chunks = f64::from(r.prompt_tokens) / f64::from(self.in_place.tokens);
+        let prompt = std::iter::once(&self.in_place).chain(&self.streamed);
+        match r.objective {
+            Objective::Decode => vec![vec![(1.0, &self.decode)]],
+            Objective::Prefill => prompt.map(|t| vec![(chunks, t)]).collect(),
+            Objective::Mix => prompt.map(|t| vec![(f64::from(r.generated_tokens), &self.decode), (chunks, t)]).collect(),
+        }
+    }
+
+    /// The objective, in seconds.
+    pub fn objective(&self, problem: &Problem<'_>, placement: &Placement) -> f64 {
+        match problem.request.objective {
+            Objective::Decode => step_seconds(&self.decode, placement),
+            Objective::Prefill => self.prompt_seconds(problem, placement).0,
+            Objective::Mix => {
+                self.prompt_seconds(problem, placement).0
+                    + f64::from(problem.request.generated_tokens) * step_seconds(&self.decode, placement)
+            }
+        }
+    }
+}
+
+/// A weighted sum of phases: (weight, prices).
+pub type Weights<'p> = Vec<(f64, &'p PriceTable)>;
+
+/// Bytes of experts and of slots in each memory of the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Usage {
+    /// Experts whose place it is.
+    pub resident: Vec<Bytes>,
+    /// Cache slots.
+    pub slots: Vec<Bytes>,
+}
+
+/// Checks a placement and sums its bytes.
+///
+/// # Errors
+/// [`PlanError::BadPlan`] naming the layer or memory: a missing expert, an unknown tier, slots where nothing is cached or none where
+/// something is, experts of one layer cached in two memories, a memory over its room.
+pub fn usage(problem: &Problem<'_>, placement: &Placement) -> Result<Usage, PlanError> {
+    let bad = |field: String, found: String, expected: String| Err(PlanError::BadPlan { field, found, expected });
+    if placement.layers.len() != problem.layers.len() {
+        return bad("layers".into(), placement.layers.len().to_string(), format!("{} MoE layers", problem.layers.len()));
+    }
+    let memories = problem.machine.memories.len();
+    let mut usage = Usage { resident: vec![Bytes::ZERO; memories], slots: vec![Bytes::ZERO; memories] };
+    let home: Vec<usize> = problem.tiers.iter().map(|t| problem.memory_index(&t.memory)).collect();
+    for (layer, p) in problem.layers.iter().zip(&placement.layers) {
+        let at = |what: &str| format!("layer {} {what}", layer.layer);
+        if p.tier_of.len() != layer.num_experts as usize {
+            return bad(at("experts"), p.tier_of.len().to_string(), layer.num_experts.to_string());
+        }
+        let mut cached = 0;
+        let mut through: Option<&str> = None;
+        for tier in &p.tier_of {
+            let Some(t) = problem.tiers.get(usize::from(*tier)) else {
+                return bad(at("tier"), tier.to_string(), format!("below {}", problem.tiers.len()));
+            };
+            usage.resident[home[usize::from(*tier)]] += layer.expert_bytes;
+            if let Some(memory) = &t.through {
+                cached += 1;
+                if through.is_some_and(|other| other != memory) {
+                    return bad(at("tiers"), "slots in two memories".into(), "slots in one memory".into());
+                }
+                through = Some(memory);
+            }
+        }
+        match through {
+            None if p.slots > 0 => return bad(at("slots"), p.slots.to_string(), "0: nothing is cached".into()),
+            Some(_) if p.slots == 0 || p.slots > cached => {
+                return bad(at("slots"), p.slots.to_string(), format!("1 to {cached}, the number of cached experts"));
+            }
+            None => {}
+            Some(memory) => {
+                usage.slots[problem.memory_index(memory)] += Bytes(layer.expert_bytes.0 * u64::from(p.slots));
+            }
+        }
+    }
+    for (m, memory) in problem.machine.memories.iter().enumerate() {
+        let used = usage.resident[m] + usage.slots[m];
+        if used > problem.room[m] {
+            return bad(format!("{} experts and slots", memory.id), used.to_string(), format!("at most {}", problem.room[m]));
+        }
+    }
+    Ok(usage)
+}

@@ -1,0 +1,242 @@
+//! From a problem to a plan: prices, placement, judgement, bound, and every byte on a line.
+
+use crate::budget::{self, EXPERT_CACHE, RESIDENT_EXPERTS};
+use crate::error::PlanError;
+use crate::evaluate::{Branches, Loads, Placement, Prices, Usage, step_seconds, usage};
+use crate::lower_bound::{METHOD, lower_bound};
+use crate::plan::{
+    BytesOn, CachePolicyKind, ExpertRun, Interval, MachineId, MemoryBudget, ModelId, PLAN_VERSION, Plan, PlanLayer, Predicted,
+    Provenance,
+};
+use crate::price::{Case, Copies, PriceTable};
+use crate::problem::Problem;
+use crate::request::{Objective, Popularity};
+use crate::solver::{Solution, SolverKind, solve};
+use tierwise_cost::cost::CostModel;
+use tierwise_cost::machine::Sourced;
+use tierwise_cost::units::Bytes;
+
+/// Makes a plan: the wanted solver proposes, [`crate::evaluate`] judges, the bound says how good it is.
+///
+/// # Errors
+/// When there is no placement, the solver refuses the size, or the bound's linear program fails.
+pub fn make_plan(problem: &Problem<'_>, cost: &dyn CostModel, kind: SolverKind) -> Result<Plan, PlanError> {
+    let prices = Prices::new(problem, cost, Case::Expected);
+    let solution = solve(problem, &prices, kind)?;
+    plan_from(problem, cost, &prices, &solution)
+}
+
+/// The plan for a placement that is given, not searched: for experiments and tests.
+///
+/// # Errors
+/// [`PlanError::BadPlan`] when it is not feasible.
+pub fn plan_from_placement(problem: &Problem<'_>, cost: &dyn CostModel, placement: Placement) -> Result<Plan, PlanError> {
+    let prices = Prices::new(problem, cost, Case::Expected);
+    let solution = Solution { placement, solver: "given", reason: "the placement was given".into() };
+    plan_from(problem, cost, &prices, &solution)
+}
+
+fn plan_from(problem: &Problem<'_>, cost: &dyn CostModel, prices: &Prices, solution: &Solution) -> Result<Plan, PlanError> {
+    let placement = &solution.placement;
+    let usage = usage(problem, placement)?;
+    let objective_s = prices.objective(problem, placement);
+    // Equal up to the LP's tolerance when the placement is optimal: the bound is never above.
+    let lower_bound_s = lower_bound(problem, prices)?.min(objective_s);
+    let cases = [prices, &Prices::new(problem, cost, Case::Fast), &Prices::new(problem, cost, Case::Slow)];
+    Ok(Plan {
+        tierwise_plan: PLAN_VERSION,
+        model: ModelId {
+            name: problem.spec.name.clone(),
+            architecture: problem.spec.architecture.clone(),
+            fingerprint: problem.spec.fingerprint(),
+            format: problem.spec.format_name.clone(),
+        },
+        machine: MachineId { name: problem.machine.name.clone(), fingerprint: problem.machine.fingerprint() },
+        request: problem.request.clone(),
+        main: problem.main.clone(),
+        tiers: problem.tiers.clone(),
+        layers: plan_layers(problem, placement),
+        budgets: budgets(problem, &usage)?,
+        predicted: predict(problem, placement, cases),
+        objective_s,
+        lower_bound_s,
+        gap: if objective_s > 0.0 { (objective_s - lower_bound_s) / objective_s } else { 0.0 },
+        bound_method: METHOD.into(),
+        solver: solution.solver.into(),
+        solver_reason: solution.reason.clone(),
+        provenance: provenance(problem, cost, &usage),
+    })
+}
+
+fn plan_layers(problem: &Problem<'_>, placement: &Placement) -> Vec<PlanLayer> {
+    let mut layers = Vec::with_capacity(problem.layers.len());
+    for (layer, p) in problem.layers.iter().zip(&placement.layers) {
+        let mut runs: Vec<ExpertRun> = Vec::new();
+        for (expert, tier) in p.tier_of.iter().enumerate() {
+            match runs.last_mut() {
+                Some(run) if run.tier == u32::from(*tier) => run.count += 1,
+                _ => runs.push(ExpertRun { tier: u32::from(*tier), first: expert as u32, count: 1 }),
+            }
+        }
+        layers.push(PlanLayer {
+            layer: layer.layer,
+            expert_bytes: layer.expert_bytes,
+            runs,
+            slots: p.slots,
+            policy: CachePolicyKind::Lru,
+        });
+    }
+    layers
+}
+
+fn budgets(problem: &Problem<'_>, usage: &Usage) -> Result<Vec<MemoryBudget>, PlanError> {
+    let mut budgets = Vec::with_capacity(problem.machine.memories.len());
+    for (m, memory) in problem.machine.memories.iter().enumerate() {
+        let mut uses = problem.fixed[m].clone();
+        uses.push((RESIDENT_EXPERTS, usage.resident[m]));
+        uses.push((EXPERT_CACHE, usage.slots[m]));
+        let done = budget::complete(memory, problem.capacity[m], &uses).ok_or_else(|| PlanError::BadPlan {
+            field: format!("{} lines", memory.id),
+            found: uses.iter().map(|(_, b)| *b).sum::<Bytes>().to_string(),
+            expected: format!("at most {}", problem.capacity[m]),
+        })?;
+        budgets.push(done);
+    }
+    Ok(budgets)
+}
+
+/// `cases` are expected, fast, slow.
+fn predict(problem: &Problem<'_>, placement: &Placement, cases: [&Prices; 3]) -> Predicted {
+    let steps = cases.map(|c| step_seconds(&c.decode, placement));
+    let prompts = cases.map(|c| c.prompt_seconds(problem, placement));
+    let per_second =
+        |amount: f64, [value, fast, slow]: [f64; 3]| Interval { value: amount / value, low: amount / slow, high: amount / fast };
+    let seconds = |[value, low, high]: [f64; 3]| Interval { value, low, high };
+    let expected = &cases[0].decode;
+    let (binding, binding_share) = binding(problem, expected, placement);
+    let hit_rates = cases.map(|c| hit_rate(&c.decode, placement));
+    Predicted {
+        decode_tokens_per_s: per_second(f64::from(problem.request.batch), steps),
+        prefill_tokens_per_s: per_second(f64::from(problem.request.prompt_tokens), prompts.map(|p| p.0)),
+        ttft_s: seconds(prompts.map(|p| p.0)),
+        decode_step_s: seconds(steps),
+        prefill_strategy: if prompts[0].1 { "streamed" } else { "in_place" }.into(),
+        hit_rate: match hit_rates {
+            [Some(value), Some(high), Some(low)] => Some(Interval { value, low, high }),
+            _ => None,
+        },
+        bytes_per_token: bytes_per_token(problem, expected, placement),
+        binding,
+        binding_share,
+    }
+}
+
+/// Expected share of active cached experts that are in their slots.
+fn hit_rate(table: &PriceTable, placement: &Placement) -> Option<f64> {
+    let (mut wanted, mut copied) = (0.0, 0.0);
+    for (i, layer) in placement.layers.iter().enumerate() {
+        let price = table.layer(i);
+        let loads = Loads::new(price, layer);
+        for t in (0..price.tiers.len()).filter(|t| price.tiers[*t].copies == Copies::Misses) {
+            wanted += loads.mass[t];
+            copied += loads.copied[t];
+        }
+    }
+    (wanted > 0.0).then(|| 1.0 - copied / wanted)
+}
+
+/// What the step waits for longest, and its share of the step.
+fn binding(problem: &Problem<'_>, table: &PriceTable, placement: &Placement) -> (String, f64) {
+    let processors = &problem.machine.processors;
+    // The main processor's part outside routed experts, then processors, then links.
+    let mut waits = vec![0.0; 1 + processors.len() + table.links.len()];
+    waits[0] = table.other_s;
+    for (i, layer) in placement.layers.iter().enumerate() {
+        let price = table.layer(i);
+        let b = Branches::new(price, &Loads::new(price, layer), table.links.len());
+        waits[0] += price.fixed_s;
+        let slowest = b.processors.iter().chain(&b.links).enumerate().max_by(|x, y| x.1.total_cmp(y.1));
+        if let Some((r, s)) = slowest {
+            waits[1 + r] += s;
+        }
+    }
+    let total: f64 = waits.iter().sum();
+    let (at, most) = waits.iter().enumerate().fold((0, 0.0), |best, (i, s)| if *s > best.1 { (i, *s) } else { best });
+    let name = match at {
+        0 => format!("{}: everything but routed experts", problem.main.executor),
+        r if r <= processors.len() => format!("{}: routed experts", processors[r - 1].id),
+        r => format!("{}: loading experts", table.links[r - 1 - processors.len()]),
+    };
+    (name, if total > 0.0 { most / total } else { 0.0 })
+}
+
+fn bytes_per_token(problem: &Problem<'_>, table: &PriceTable, placement: &Placement) -> Vec<BytesOn> {
+    let memories = &problem.machine.memories;
+    let mut read = vec![0.0; memories.len()];
+    let mut moved = vec![0.0; table.links.len()];
+    read[problem.memory_index(&problem.main.memory)] += table.main_bytes.0 as f64;
+    for (i, layer) in placement.layers.iter().enumerate() {
+        let price = table.layer(i);
+        let loads = Loads::new(price, layer);
+        let bytes = problem.layers[i].expert_bytes.0 as f64;
+        for (t, tier) in problem.tiers.iter().enumerate() {
+            let place = tier.through.as_ref().unwrap_or(&tier.memory);
+            read[problem.memory_index(place)] += loads.mass[t] * bytes;
+            if price.tiers[t].copies != Copies::Never {
+                read[problem.memory_index(&tier.memory)] += loads.copied[t] * bytes;
+                moved[price.tiers[t].link] += loads.copied[t] * bytes;
+            }
+        }
+    }
+    let names = memories.iter().map(|m| m.id.clone()).chain(table.links.iter().cloned());
+    let per_token = |bytes: f64| Bytes((bytes / f64::from(table.tokens)).round() as u64);
+    names
+        .zip(read.into_iter().chain(moved).map(per_token))
+        .filter(|(_, b)| b.0 > 0)
+        .map(|(on, bytes)| BytesOn { on, bytes })
+        .collect()
+}
+
+fn provenance(problem: &Problem<'_>, cost: &dyn CostModel, usage: &Usage) -> Vec<Provenance> {
+    fn sourced<T: std::fmt::Display>(what: String, s: &Sourced<T>) -> Provenance {
+        Provenance { what, value: s.value.to_string(), source: s.source.name().into(), note: s.note.clone() }
+    }
+    let prior = |what: &str, value: String, note: &str| Provenance {
+        what: what.into(),
+        value,
+        source: "prior".into(),
+        note: Some(note.into()),
+    };
+    let mut list = Vec::new();
+    let main_memory = problem.memory_index(&problem.main.memory);
+    for (m, memory) in problem.machine.memories.iter().enumerate() {
+        if m == main_memory || usage.resident[m].0 + usage.slots[m].0 > 0 {
+            list.push(sourced(format!("{} read bandwidth", memory.id), &memory.read_bandwidth));
+        }
+    }
+    for p in &problem.machine.processors {
+        list.push(sourced(format!("{} arithmetic rate", p.id), p.f16_flops.as_ref().unwrap_or(&p.f32_flops)));
+    }
+    for l in &problem.machine.links {
+        list.push(sourced(format!("{}->{} bandwidth", l.from, l.to), &l.bandwidth));
+    }
+    list.push(prior("cost model", cost.describe(), "published runs of other engines and machines"));
+    match &problem.request.popularity {
+        Popularity::Uniform => list.push(prior("popularity of experts", "uniform".into(), "no trace was given")),
+        Popularity::Shares(_) => list.push(Provenance {
+            what: "popularity of experts".into(),
+            value: "shares of a trace".into(),
+            source: "measured".into(),
+            note: None,
+        }),
+    }
+    if usage.slots.iter().any(|s| s.0 > 0) {
+        let note = "LRU on traces of DeepSeek-V2-Lite (expected), gpt-oss-20b (high), uniform routing (low)";
+        list.push(prior("hit rate of expert caches", "curve over the cached fraction".into(), note));
+    }
+    let past = problem.request.decode_past();
+    if problem.request.objective != Objective::Prefill {
+        list.push(prior("positions in the cache while decoding", past.to_string(), "half of the context"));
+    }
+    list
+}

@@ -1,0 +1,253 @@
+//! The prices that a placement is judged by: seconds per active expert and tier, per layer, phase and case.
+//!
+//! Made once per problem from the cost model, so that judging a placement is additions only. Layers with equal prices share one
+//! entry (a class). A step is priced by its mean loads: expert e is active in a step of B tokens with probability
+//! 1 - (1 - k q_e)^B, q_e being its share of the selections.
+
+use crate::hits::{Curve, MissCurve};
+use crate::problem::Problem;
+use crate::request::Popularity;
+use tierwise_cost::cost::{CostModel, Estimate, LayerWork, Work, step_work};
+use tierwise_cost::machine::{Link, Memory, Processor};
+use tierwise_cost::op::{Batch, lower};
+use tierwise_cost::units::Bytes;
+
+/// Best estimate, or an end of the interval.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Case {
+    /// Best estimate.
+    Expected,
+    /// Everything as fast as it may be.
+    Fast,
+    /// Everything as slow as it may be.
+    Slow,
+}
+
+impl Case {
+    fn of(self, e: Estimate) -> f64 {
+        match self {
+            Self::Expected => e.seconds,
+            Self::Fast => e.low,
+            Self::Slow => e.high,
+        }
+    }
+
+    const fn curve(self) -> Curve {
+        match self {
+            Self::Expected => Curve::Expected,
+            Self::Fast => Curve::Optimistic,
+            Self::Slow => Curve::Uniform,
+        }
+    }
+}
+
+/// What a step does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// One token per sequence.
+    Decode,
+    /// A chunk of a prompt, every expert computed by its tier's executor.
+    PrefillInPlace,
+    /// A chunk of a prompt, experts outside the main processor's memory copied to it.
+    PrefillStreamed,
+}
+
+/// Which active experts of a tier are copied first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Copies {
+    /// None.
+    Never,
+    /// Those that are not in a slot.
+    Misses,
+    /// All.
+    Always,
+}
+
+/// Prices of one tier in one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TierPrice {
+    /// Resource that computes: index of a processor.
+    pub processor: usize,
+    /// Seconds per active expert.
+    pub expert_s: f64,
+    /// Resource that copies: index of a link.
+    pub link: usize,
+    /// Seconds per copied expert.
+    pub copy_s: f64,
+    /// What is copied.
+    pub copies: Copies,
+}
+
+/// Prices of one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerPrice {
+    /// Attention, norms, router, shared experts: on the main processor, before the routed experts.
+    pub fixed_s: f64,
+    /// Round trip per processor; 0 for the main one.
+    pub sync_s: Vec<f64>,
+    /// Per tier of the problem.
+    pub tiers: Vec<TierPrice>,
+    /// Probability that an expert is active in a step. `[num_experts]`
+    pub active: Vec<f64>,
+    /// Miss rate of cache slots.
+    pub misses: MissCurve,
+}
+
+/// All prices of a phase and case.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PriceTable {
+    /// Distinct layer prices.
+    pub classes: Vec<LayerPrice>,
+    /// Class of each MoE layer of the problem.
+    pub class_of: Vec<usize>,
+    /// Seconds per step outside the MoE layers: dense layers, embedding, output.
+    pub other_s: f64,
+    /// Weighs the copies of one step against those of the prompt: tokens per step.
+    pub tokens: u32,
+    /// Bytes that a step reads besides routed experts, from the main processor's memory.
+    pub main_bytes: Bytes,
+    /// Links by resource index, as `from->to`.
+    pub links: Vec<String>,
+}
+
+/// What lowering makes of a layer that has no lowering yet (models that can only be planned).
+const LAUNCHES_PER_LAYER: u32 = 16;
+
+impl PriceTable {
+    /// The prices of `phase`, or `None` when the machine has no way to do it (streaming without a link).
+    pub fn new(problem: &Problem<'_>, cost: &dyn CostModel, phase: Phase, case: Case) -> Option<Self> {
+        let r = &problem.request;
+        let batch = match phase {
+            Phase::Decode => Batch { tokens: r.batch, past: r.decode_past(), sequences: r.batch, logits: r.batch },
+            Phase::PrefillInPlace | Phase::PrefillStreamed => {
+                let tokens = r.chunk_tokens.min(r.prompt_tokens);
+                Batch::prefill(tokens, (r.prompt_tokens - tokens) / 2)
+            }
+        };
+        let step = step_work(problem.spec, batch, r.kv_format);
+        let launches = lower(problem.spec, batch).ok();
+        let launches_of = |layer: Option<u32>| match &launches {
+            Some(ops) => ops.iter().filter(|o| o.layer == layer).count() as u32,
+            None => LAUNCHES_PER_LAYER,
+        };
+        let (main, home) = problem.main_place();
+        let on_main = |w: Work, launches: u32| case.of(cost.compute(main, home, w, launches));
+        let mut links = Vec::new();
+        let mut table = Self {
+            classes: Vec::new(),
+            class_of: Vec::new(),
+            other_s: on_main(step.outside, launches_of(None)),
+            tokens: batch.tokens,
+            main_bytes: step.outside.bytes() + step.layers.iter().map(|l| l.resident.bytes()).sum(),
+            links: Vec::new(),
+        };
+        let mut moe = problem.layers.iter().enumerate().peekable();
+        for (l, work) in step.layers.iter().enumerate() {
+            let fixed_s = on_main(work.resident, launches_of(Some(l as u32)));
+            let Some((index, layer)) = moe.next_if(|(_, m)| m.layer as usize == l) else {
+                table.other_s += fixed_s;
+                continue;
+            };
+            let tokens = if work.active_experts <= 0.0 { 0 } else { rows(batch, l, problem.spec.layers.len()) };
+            let active = active(problem, index, tokens);
+            let demanded = active.iter().sum::<f64>() / active.len() as f64;
+            let least = f64::from(layer.experts_per_token) / f64::from(layer.num_experts);
+            let recency = if least < 1.0 { 1.0 - (demanded - least) / (1.0 - least) } else { 0.0 };
+            let price = LayerPrice {
+                fixed_s,
+                sync_s: problem
+                    .machine
+                    .processors
+                    .iter()
+                    .map(|p| if p.id == main.id { 0.0 } else { case.of(cost.sync(p)) })
+                    .collect(),
+                tiers: tier_prices(problem, cost, phase, case, work, layer.expert_bytes, &mut links)?,
+                active,
+                misses: MissCurve::new(case.curve(), recency),
+            };
+            let class = table.classes.iter().position(|c| *c == price).unwrap_or_else(|| {
+                table.classes.push(price);
+                table.classes.len() - 1
+            });
+            table.class_of.push(class);
+        }
+        table.links = links;
+        Some(table)
+    }
+
+    /// Prices of MoE layer `index` of the problem.
+    pub fn layer(&self, index: usize) -> &LayerPrice {
+        &self.classes[self.class_of[index]]
+    }
+}
+
+/// Tokens that reach the experts of layer `l`: in the last layer only those whose logits are wanted.
+fn rows(batch: Batch, l: usize, num_layers: usize) -> u32 {
+    if l + 1 == num_layers { batch.logits } else { batch.tokens }
+}
+
+/// Probability of being active, per expert. `[num_experts]`
+fn active(problem: &Problem<'_>, index: usize, tokens: u32) -> Vec<f64> {
+    let layer = &problem.layers[index];
+    let (e, k) = (layer.num_experts as usize, f64::from(layer.experts_per_token));
+    let in_step = |share: f64| {
+        let once = (k * share).min(1.0);
+        if tokens == 1 { once } else { 1.0 - (1.0 - once).powf(f64::from(tokens)) }
+    };
+    match &problem.request.popularity {
+        Popularity::Uniform => vec![in_step(1.0 / e as f64); e],
+        Popularity::Shares(shares) => shares[index].iter().map(|q| in_step(*q)).collect(),
+    }
+}
+
+fn tier_prices(
+    problem: &Problem<'_>,
+    cost: &dyn CostModel,
+    phase: Phase,
+    case: Case,
+    work: &LayerWork,
+    expert_bytes: Bytes,
+    links: &mut Vec<String>,
+) -> Option<Vec<TierPrice>> {
+    let (main, home) = problem.main_place();
+    let mut price = |p: &Processor, from: &Memory, route: Option<Link>, copies: Copies| {
+        let seen = problem.machine.seen_from(p, from);
+        let processor = problem.machine.processors.iter().position(|o| o.id == p.id).expect("a processor of the machine");
+        let expert_s = case.of(cost.compute(p, &seen, work.expert, 0));
+        let (link, copy_s) = match route {
+            None => (0, 0.0),
+            Some(route) => {
+                let name = format!("{}->{}", route.from, route.to);
+                let index = links.iter().position(|l| *l == name).unwrap_or_else(|| {
+                    links.push(name);
+                    links.len() - 1
+                });
+                (index, case.of(cost.transfer(&route, expert_bytes)))
+            }
+        };
+        TierPrice { processor, expert_s, link, copy_s, copies }
+    };
+    problem
+        .tiers
+        .iter()
+        .map(|t| {
+            let memory = problem.machine.memory(&t.memory).expect("tiers name memories of the machine");
+            if phase == Phase::PrefillStreamed {
+                if t.memory == home.id {
+                    return Some(price(main, home, None, Copies::Never));
+                }
+                let route = problem.machine.route(&t.memory, &home.id)?;
+                return Some(price(main, home, Some(route), Copies::Always));
+            }
+            let p = problem.executor(t);
+            match &t.through {
+                None => Some(price(p, memory, None, Copies::Never)),
+                Some(through) => {
+                    let route = problem.machine.route(&t.memory, through)?;
+                    let slots = problem.machine.memory(through).expect("tiers name memories of the machine");
+                    Some(price(p, slots, Some(route), Copies::Misses))
+                }
+            }
+        })
+        .collect()
+}

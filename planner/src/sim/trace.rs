@@ -1,0 +1,49 @@
+//! A token-level routing trace: which experts each token chose in each MoE layer.
+
+use crate::engine::Demand;
+
+/// An expert id that was not recorded.
+const UNRECORDED: u8 = 255;
+
+/// A view of a trace in the layout `[tokens][layers][experts_per_token]`, one byte per expert id, 255 for "not recorded".
+#[derive(Debug, Clone, Copy)]
+pub struct Trace<'a> {
+    ids: &'a [u8],
+    num_layers: usize,
+    experts_per_token: usize,
+}
+
+impl<'a> Trace<'a> {
+    /// A view of `ids`; `None` when its length is not a whole number of tokens.
+    pub fn new(ids: &'a [u8], num_layers: usize, experts_per_token: usize) -> Option<Self> {
+        let token = num_layers.checked_mul(experts_per_token)?;
+        (token > 0 && ids.len().is_multiple_of(token)).then_some(Self { ids, num_layers, experts_per_token })
+    }
+
+    /// Number of tokens.
+    pub fn num_tokens(&self) -> usize {
+        self.ids.len() / (self.num_layers * self.experts_per_token)
+    }
+
+    /// Number of MoE layers.
+    pub const fn num_layers(&self) -> usize {
+        self.num_layers
+    }
+
+    /// The first `tokens` tokens.
+    #[must_use]
+    pub fn take(&self, tokens: usize) -> Self {
+        let end = (tokens * self.num_layers * self.experts_per_token).min(self.ids.len());
+        Self { ids: &self.ids[..end], ..*self }
+    }
+
+    /// What `token` asks of the `index`-th MoE layer, which is layer `layer` of the model; `None` if nothing was recorded.
+    pub fn demand(&self, token: usize, index: usize, layer: u32) -> Option<Demand> {
+        let first = (token * self.num_layers + index) * self.experts_per_token;
+        let chosen = &self.ids[first..first + self.experts_per_token];
+        let mut experts: Vec<(u32, u32)> = chosen.iter().filter(|e| **e != UNRECORDED).map(|e| (u32::from(*e), 1)).collect();
+        experts.sort_unstable();
+        experts.dedup_by_key(|(e, _)| *e);
+        (!experts.is_empty()).then_some(Demand { step: token as u64, layer, experts })
+    }
+}

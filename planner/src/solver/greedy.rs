@@ -1,0 +1,71 @@
+//! Most seconds saved per byte first.
+//!
+//! Several starts are tried and the judge chooses: no cache at all, and every cache of the machine with several shares of its
+//! memory. In each, the fast memories are filled from the slow one by seconds saved per byte ([`super::fill`]), then single layers
+//! are improved by moves between tiers ([`super::polish`]).
+
+use super::{Solution, Solver, fill, polish};
+use crate::error::PlanError;
+use crate::evaluate::{Placement, Prices, usage};
+use crate::problem::Problem;
+
+/// The greedy solver.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Greedy;
+
+/// Shares of a memory's room that a cache may get.
+const CACHE_SHARES: &[f64] = &[1.0, 0.75, 0.5, 0.25, 0.1];
+
+/// What to say when every start failed although the bytes fit.
+pub(super) fn no_placement(problem: &Problem<'_>) -> PlanError {
+    PlanError::BadPlan {
+        field: format!("placement of {} on {}", problem.spec.name, problem.machine.name),
+        found: "none that fits whole experts into the room left".into(),
+        expected: "a little more --ram or --vram".into(),
+    }
+}
+
+impl Solver for Greedy {
+    fn solve(&self, problem: &Problem<'_>, prices: &Prices) -> Result<Solution, PlanError> {
+        let mut starts: Vec<(Option<(usize, f64)>, String)> = vec![(None, "no cache".into())];
+        for (t, tier) in problem.tiers.iter().enumerate() {
+            let Some(through) = &tier.through else { continue };
+            starts.extend(CACHE_SHARES.iter().map(|share| {
+                (Some((t, *share)), format!("{:.0} % of {through}'s room as cache for {}", share * 100.0, tier.memory))
+            }));
+        }
+        let mut best: Option<(f64, Placement, String)> = None;
+        let mut tried = 0;
+        for weights in prices.forms(problem) {
+            for (cache, name) in &starts {
+                let Some(mut placement) = fill::fill(problem, &weights, *cache) else { continue };
+                polish::polish(problem, &weights, &mut placement);
+                if usage(problem, &placement).is_err() {
+                    continue;
+                }
+                tried += 1;
+                let seconds = prices.objective(problem, &placement);
+                // A hair better is not better: the simpler start comes first.
+                if best.as_ref().is_none_or(|(s, _, _)| seconds < s * (1.0 - 1e-9)) {
+                    best = Some((seconds, placement, name.clone()));
+                }
+                // Everything in the fastest memory: nothing can be faster.
+                if cache.is_none() && placement_is_simple(problem, &best) {
+                    break;
+                }
+            }
+        }
+        let (_, placement, name) = best.ok_or_else(|| no_placement(problem))?;
+        Ok(Solution { placement, solver: "greedy", reason: format!("best of {tried} starts: {name}") })
+    }
+}
+
+/// All experts are with the main processor, so no cache can help.
+fn placement_is_simple(problem: &Problem<'_>, best: &Option<(f64, Placement, String)>) -> bool {
+    best.as_ref().is_some_and(|(_, p, _)| {
+        p.layers.iter().flat_map(|l| &l.tier_of).all(|t| {
+            let tier = &problem.tiers[usize::from(*t)];
+            tier.through.is_none() && tier.memory == problem.main.memory
+        })
+    })
+}

@@ -1,0 +1,82 @@
+//! Solvers propose placements; [`crate::evaluate`] judges them all.
+//!
+//! A new solver: one file, one variant of [`SolverKind`], one arm in [`solve`]; the suite in `tests` then holds it to the rules:
+//! feasible, never better than exhaustive on tiny problems, never below the lower bound, deterministic.
+
+mod exhaustive;
+mod fill;
+mod greedy;
+mod polish;
+
+pub use exhaustive::Exhaustive;
+pub use greedy::Greedy;
+
+use crate::error::PlanError;
+use crate::evaluate::{Placement, Prices};
+use crate::problem::Problem;
+
+/// Which solver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SolverKind {
+    /// Exhaustive for tiny problems, else greedy; the plan says which and why.
+    #[default]
+    Auto,
+    /// Most seconds saved per byte first, then moves within layers.
+    Greedy,
+    /// Every placement. Tiny problems only.
+    Exhaustive,
+}
+
+impl std::str::FromStr for SolverKind {
+    type Err = PlanError;
+    fn from_str(s: &str) -> Result<Self, PlanError> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "greedy" => Ok(Self::Greedy),
+            "exhaustive" => Ok(Self::Exhaustive),
+            _ => Err(PlanError::BadRequest { field: "solver", found: s.into(), expected: "auto, greedy or exhaustive".into() }),
+        }
+    }
+}
+
+/// A proposal and how it came about.
+#[derive(Debug, Clone)]
+pub struct Solution {
+    /// The proposal.
+    pub placement: Placement,
+    /// Name of the solver.
+    pub solver: &'static str,
+    /// What it chose between.
+    pub reason: String,
+}
+
+/// Proposes placements.
+pub trait Solver {
+    /// A feasible placement.
+    ///
+    /// # Errors
+    /// When there is none, or the problem is too large for this solver.
+    fn solve(&self, problem: &Problem<'_>, prices: &Prices) -> Result<Solution, PlanError>;
+}
+
+/// Runs the wanted solver.
+///
+/// # Errors
+/// Those of [`Solver::solve`].
+pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result<Solution, PlanError> {
+    match kind {
+        SolverKind::Greedy => Greedy.solve(problem, prices),
+        SolverKind::Exhaustive => Exhaustive::default().solve(problem, prices),
+        SolverKind::Auto => {
+            let small = Exhaustive { max_states: 20_000.0 };
+            let states = Exhaustive::states(problem);
+            let (mut s, why) = if states <= small.max_states {
+                (small.solve(problem, prices)?, format!("auto: only {states} placements, all were tried"))
+            } else {
+                (Greedy.solve(problem, prices)?, "auto: too many placements to try all".to_string())
+            };
+            s.reason = format!("{why}; {}", s.reason);
+            Ok(s)
+        }
+    }
+}
