@@ -68,8 +68,8 @@ pub struct ActivationQ8_1 {
     pub codes: [i8; 32],
     /// Step between codes.
     pub scale: f32,
-    /// Sum of the codes, for formats with a minimum.
-    pub sum: i32,
+    /// `scale` times the sum of the codes, for formats with a minimum.
+    pub sum: f32,
 }
 
 /// 256 activations: `x[i] = scale * codes[i]`, codes within +-127. Padded to whole cache lines for aligned loads.
@@ -121,7 +121,7 @@ pub(crate) fn encode_q8_1(x: &[f32], out: &mut [ActivationQ8_1]) {
     assert_eq!(x.len(), out.len() * 32, "activation row and buffer differ in length");
     for (x, block) in x.chunks_exact(32).zip(out) {
         block.scale = encode_codes(x, &mut block.codes);
-        block.sum = block.codes.iter().map(|c| i32::from(*c)).sum();
+        block.sum = block.scale * block.codes.iter().map(|c| i32::from(*c)).sum::<i32>() as f32;
     }
 }
 

@@ -128,7 +128,7 @@ macro_rules! minimum_block {
             fn dot(&self, activation: &ActivationQ8_1) -> f32 {
                 let codes: [u8; 32] = $codes(self);
                 let product = dot_codes(&codes.map(|c| c as i8), activation);
-                activation.scale * (f16(self.scale) * product as f32 + f16(self.min) * activation.sum as f32)
+                (f16(self.scale) * activation.scale) * product as f32 + f16(self.min) * activation.sum
             }
         }
     };

@@ -59,12 +59,12 @@ pub(super) fn encode_q8_1(x: &[f32], out: &mut [ActivationQ8_1]) {
         let (scale, inverse) = scale_and_inverse(magnitude_max(std::slice::from_ref(x)));
         out.scale = scale;
         if inverse == 0.0 {
-            (out.codes, out.sum) = ([0; 32], 0);
+            (out.codes, out.sum) = ([0; 32], scale * 0.0);
             continue;
         }
         let codes = codes32(x, _mm256_set1_ps(inverse));
         store_256(&mut out.codes, codes);
-        out.sum = sum_i32x8(sums_of_four(codes));
+        out.sum = scale * sum_i32x8(sums_of_four(codes)) as f32;
     }
 }
 

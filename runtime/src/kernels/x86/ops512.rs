@@ -46,16 +46,17 @@ pub(super) fn encode_q8_1(x: &[f32], out: &mut [ActivationQ8_1]) {
         let (scale, inverse) = scale_and_inverse(magnitude_max(x));
         out.scale = scale;
         if inverse == 0.0 {
-            (out.codes, out.sum) = ([0; 32], 0);
+            (out.codes, out.sum) = ([0; 32], scale * 0.0);
             continue;
         }
         let inverse = _mm512_set1_ps(inverse);
-        out.sum = 0;
+        let mut sum = 0;
         for (x, codes) in x.iter().zip(out.codes.as_chunks_mut::<16>().0) {
             let v = codes16(x, inverse);
             store_128(codes, v);
-            out.sum += sum16(v);
+            sum += sum16(v);
         }
+        out.sum = scale * sum as f32;
     }
 }
 

@@ -105,23 +105,32 @@ macro_rules! rows {
         pub(in crate::kernels::x86) fn $name<const T: usize>(weight: &[u8], x: [&[u8]; T]) -> [f32; T] {
             let weight: &[$block] = bytemuck::cast_slice(weight);
             let x = activation_blocks::<ActivationQ8_1, T>(x, weight.len());
-            let mut sums = [[_mm256_setzero_ps(); T]; 2];
-            let mut minima = [0f32; T];
-            for (i, block) in weight.iter().enumerate() {
+            let add = |block: &$block, i: usize, sums: &mut [__m256; T], minima: &mut [f32; T]| {
                 let codes = $codes(block);
                 let scale: f32 = $scale(block);
                 let min: Option<f32> = $min(block);
                 for t in 0..T {
                     let x = &x[t][i];
                     let products = _mm256_cvtepi32_ps($dot(codes, load_256(&x.codes)));
-                    let sum = &mut sums[i % 2][t];
-                    *sum = _mm256_fmadd_ps(_mm256_set1_ps(scale * x.scale), products, *sum);
+                    sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(scale * x.scale), products, sums[t]);
                     if let Some(min) = min {
-                        minima[t] += min * x.scale * x.sum as f32;
+                        minima[t] += min * x.sum;
                     }
                 }
+            };
+            let mut sums = [[_mm256_setzero_ps(); T]; 2];
+            let mut minima = [[0f32; T]; 2];
+            // Written in pairs, not with `i % 2`: the sums must have constant indices to live in registers.
+            let (pairs, last) = weight.as_chunks::<2>();
+            for (i, pair) in pairs.iter().enumerate() {
+                for (k, block) in pair.iter().enumerate() {
+                    add(block, 2 * i + k, &mut sums[k], &mut minima[k]);
+                }
             }
-            std::array::from_fn(|t| sum_f32x8(_mm256_add_ps(sums[0][t], sums[1][t])) + minima[t])
+            if let [block] = last {
+                add(block, weight.len() - 1, &mut sums[0], &mut minima[0]);
+            }
+            std::array::from_fn(|t| sum_f32x8(_mm256_add_ps(sums[0][t], sums[1][t])) + (minima[0][t] + minima[1][t]))
         }
     )*};
 }
