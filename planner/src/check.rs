@@ -124,9 +124,9 @@ fn check_tiers(plan: &Plan, machine: Option<&Machine>) -> Result<(), PlanError> 
             return bad(field("executor"), format!("{} for {place}", p.id), "a processor that computes from that memory");
         }
         if let Some(through) = &t.through
-            && machine.route(&t.memory, through).is_none()
+            && machine.link(&t.memory, through).is_none()
         {
-            return bad(field("through"), through, format!("a memory to which links lead from {}", t.memory));
+            return bad(field("through"), through, format!("a memory to which a link leads from {}", t.memory));
         }
     }
     if let Some(machine) = machine {

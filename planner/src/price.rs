@@ -217,7 +217,10 @@ fn tier_prices(
         let (link, copy_s) = match route {
             None => (0, 0.0),
             Some(route) => {
-                let name = format!("{}->{}", route.from, route.to);
+                // A route of two hops keeps its last link busy for as long as the slower hop takes.
+                let last = problem.machine.links.iter().find(|l| l.to == route.to);
+                let direct = problem.machine.link(&route.from, &route.to).or(last);
+                let name = direct.map_or_else(String::new, |l| format!("{}->{}", l.from, l.to));
                 let index = links.iter().position(|l| *l == name).unwrap_or_else(|| {
                     links.push(name);
                     links.len() - 1

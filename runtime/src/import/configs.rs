@@ -62,7 +62,8 @@ pub fn find(kind: Kind, name: &str, configs_dir: Option<&Path>) -> Result<Found>
             Err(e) => return Err(RuntimeError::io("list", &folder, e)),
         };
         let same = |p: &&std::path::PathBuf| {
-            p.extension().is_some_and(|x| x == "toml") && p.file_stem().is_some_and(|s| s.to_string_lossy().to_lowercase() == stem)
+            p.extension().is_some_and(|x| x == "toml")
+                && p.file_stem().is_some_and(|s| s.to_string_lossy().to_lowercase() == stem)
         };
         if let Some(path) = entries.iter().find(same) {
             let text = std::fs::read_to_string(path).map_err(|e| RuntimeError::io("read", path, e))?;

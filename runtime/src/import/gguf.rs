@@ -154,7 +154,13 @@ fn refuse_unimplemented(keys: &Keys<'_>, family: &Family) -> Result<()> {
     Ok(())
 }
 
-fn attention(keys: &Keys<'_>, family: &Family, hidden_size: u32, context_length: u32, num_layers: usize) -> Result<Vec<Attention>> {
+fn attention(
+    keys: &Keys<'_>,
+    family: &Family,
+    hidden_size: u32,
+    context_length: u32,
+    num_layers: usize,
+) -> Result<Vec<Attention>> {
     let heads = keys.per_layer("attention.head_count", num_layers)?;
     let kv_heads = keys.opt_per_layer("attention.head_count_kv", num_layers)?.unwrap_or_else(|| heads.clone());
     let key_length = keys.opt_u32("attention.key_length")?;
@@ -176,7 +182,12 @@ fn attention(keys: &Keys<'_>, family: &Family, hidden_size: u32, context_length:
             && value != head_dim
         {
             let expected = format!("{head_dim}, the key length");
-            return Err(keys.refuse("attention.value_length", value, &expected, "value heads of another width are not implemented"));
+            return Err(keys.refuse(
+                "attention.value_length",
+                value,
+                &expected,
+                "value heads of another width are not implemented",
+            ));
         }
         layers.push(Attention::Gqa(Gqa {
             num_heads,

@@ -62,7 +62,9 @@ impl Config<'_> {
     }
 
     fn require<T>(&self, key: &str, value: Option<T>, expected: &str) -> Result<T> {
-        value.ok_or_else(|| RuntimeError::bad_file(self.path, format!("no key {key}"), expected, "is this the model's config.json?"))
+        value.ok_or_else(|| {
+            RuntimeError::bad_file(self.path, format!("no key {key}"), expected, "is this the model's config.json?")
+        })
     }
 
     fn opt_u32(&self, key: &str) -> Result<Option<u32>> {
@@ -111,7 +113,12 @@ fn refuse_unimplemented(config: &Config<'_>) -> Result<()> {
         let Some(rope) = config.get(key) else { continue };
         let kind = rope.get("rope_type").or_else(|| rope.get("type")).and_then(Value::as_str).unwrap_or("default");
         if kind != "default" {
-            return Err(config.refuse(key, format!("of type {kind:?}"), "null or type \"default\"", "rope scaling is not implemented"));
+            return Err(config.refuse(
+                key,
+                format!("of type {kind:?}"),
+                "null or type \"default\"",
+                "rope scaling is not implemented",
+            ));
         }
     }
     Ok(())
@@ -157,7 +164,7 @@ fn sliding_window(config: &Config<'_>, family: &Family, layer: u32) -> Result<Op
             Some(kind) => kind == "sliding_attention",
             None => {
                 let max_window_layers = config.opt_u32("max_window_layers")?.unwrap_or(28);
-                config.opt_bool("use_sliding_window")?.unwrap_or(false) && layer % 2 == 0 && layer < max_window_layers
+                config.opt_bool("use_sliding_window")?.unwrap_or(false) && layer.is_multiple_of(2) && layer < max_window_layers
             }
         },
         _ => true,

@@ -219,8 +219,7 @@ fn expert_candidates(geometry: &Geometry, t: &TensorShape) -> Vec<Candidate> {
     for block in MOE_BLOCKS {
         let prefix = format!("model.layers.{layer}.{block}.experts");
         for name in [plain, mixtral] {
-            let piece =
-                |e| Piece { tensor: format!("{prefix}.{e}.{name}.weight"), first_element: 0, num_elements: rows * cols };
+            let piece = |e| Piece { tensor: format!("{prefix}.{e}.{name}.weight"), first_element: 0, num_elements: rows * cols };
             candidates.push(Candidate { pieces: (0..num_experts).map(piece).collect(), shape: vec![rows, cols] });
         }
         // Fused: [experts, 2 * inner, hidden] with the gate rows before the up rows, and [experts, hidden, inner].

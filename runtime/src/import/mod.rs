@@ -26,9 +26,12 @@ use tierwise_cost::model::Geometry;
 /// [`Geometry::check`], with the file's path in the message.
 fn check_geometry(path: &Path, geometry: &Geometry) -> Result<(), RuntimeError> {
     geometry.check().map_err(|e| match e {
-        CostError::BadModel { field, found, expected, .. } => {
-            RuntimeError::bad_file(path, format!("{field} {found}"), expected, "the file's metadata is damaged or not a language model's")
-        }
+        CostError::BadModel { field, found, expected, .. } => RuntimeError::bad_file(
+            path,
+            format!("{field} {found}"),
+            expected,
+            "the file's metadata is damaged or not a language model's",
+        ),
         other => other.into(),
     })
 }

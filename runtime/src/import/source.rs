@@ -63,7 +63,8 @@ impl ModelSource {
         if !names.iter().any(|n| n == "config.json") {
             let mut ggufs: Vec<&str> = names.iter().map(String::as_str).filter(|n| n.ends_with(".gguf")).collect();
             ggufs.sort_unstable();
-            let hint = ggufs.first().map_or_else(String::new, |n| format!("name the file itself, e.g. {}", folder.join(n).display()));
+            let hint =
+                ggufs.first().map_or_else(String::new, |n| format!("name the file itself, e.g. {}", folder.join(n).display()));
             return Err(RuntimeError::bad_file(folder, "a folder without config.json", "a Hugging Face model folder", hint));
         }
         if names.iter().any(|n| n.ends_with(".safetensors") || n.ends_with(".safetensors.index.json")) {
@@ -103,8 +104,9 @@ impl ModelSource {
     }
 
     fn from_toml(text: &str, origin: String) -> Result<Self> {
-        let geometry = Geometry::from_toml(text)
-            .map_err(|e| RuntimeError::bad_file(Path::new(&origin), e.to_string(), "a model description", "see configs/models"))?;
+        let geometry = Geometry::from_toml(text).map_err(|e| {
+            RuntimeError::bad_file(Path::new(&origin), e.to_string(), "a model description", "see configs/models")
+        })?;
         Ok(Self::Description { geometry, origin })
     }
 
@@ -152,7 +154,9 @@ fn refuse_other_magic(path: &Path) -> Result<()> {
     let file = std::fs::File::open(path).map_err(|e| RuntimeError::io("open", path, e))?;
     file.take(4).read_to_end(&mut head).map_err(|e| RuntimeError::io("read", path, e))?;
     match MAGICS.iter().find(|(magic, _)| head.starts_with(magic)) {
-        Some((_, what)) => Err(RuntimeError::bad_file(path, *what, "a GGUF file or a Hugging Face folder", "convert the model to GGUF")),
+        Some((_, what)) => {
+            Err(RuntimeError::bad_file(path, *what, "a GGUF file or a Hugging Face folder", "convert the model to GGUF"))
+        }
         None => Ok(()),
     }
 }
