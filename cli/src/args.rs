@@ -52,7 +52,7 @@ pub enum Command {
     #[command(after_help = "Example:  tierwise perplexity model.gguf --text wiki.txt --window 512")]
     Perplexity(PerplexityArgs),
     /// Make a random-weight GGUF in the exact shape of a real model, to benchmark before downloading.
-    #[command(after_help = "Example:  tierwise synth olmoe-1b-7b-0125 --format Q4_K_M -o olmoe.gguf")]
+    #[command(after_help = "Example:  tierwise synth olmoe-1b-7b --format Q4_K_M -o olmoe.gguf")]
     Synth(SynthArgs),
     /// Plan and run the bundled tiny model, in seconds.
     #[command(after_help = "Example:  tierwise demo -p \"KING HENRY:\"")]
