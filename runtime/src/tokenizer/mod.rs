@@ -262,7 +262,7 @@ mod tests {
         let tokenizer = Tokenizer::from_vocab(data).expect("valid");
         assert_eq!(tokenizer.encode("o", AddSpecial::AsModel, false).expect("encodes"), [259, u32::from(b'o'), 260]);
         assert_eq!(tokenizer.encode("", AddSpecial::AsModel, false).expect("encodes"), [259, 260]);
-        assert_eq!(tokenizer.encode("", AddSpecial::Never, false).expect("encodes"), []);
+        assert_eq!(tokenizer.encode("", AddSpecial::Never, false).expect("encodes"), [0u32; 0]);
         let mut data = byte_level();
         data.add_bos = Some(true);
         let message = Tokenizer::from_vocab(data).expect_err("no bos").to_string();
