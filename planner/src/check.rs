@@ -37,6 +37,7 @@ pub struct CheckedPlan {
     executor_of_tier: Vec<ExecutorId>,
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "numbers and texts alike")]
 fn bad<T>(field: impl Into<String>, found: impl ToString, expected: impl Into<String>) -> Result<T, PlanError> {
     Err(PlanError::BadPlan { field: field.into(), found: found.to_string(), expected: expected.into() })
 }

@@ -46,11 +46,11 @@ impl Loads {
     pub fn new(price: &LayerPrice, placement: &LayerPlacement) -> Self {
         let n = price.tiers.len();
         let mut loads = Self { count: vec![0; n], mass: vec![0.0; n], copied: vec![0.0; n], idle: vec![0.0; n] };
-        for (tier, p) in placement.tier_of.iter().zip(&price.active) {
+        for ((tier, p), ln_idle) in placement.tier_of.iter().zip(&price.active).zip(&price.ln_idle) {
             let t = usize::from(*tier);
             loads.count[t] += 1;
             loads.mass[t] += p;
-            loads.idle[t] += (1.0 - p.min(1.0 - 1e-12)).ln();
+            loads.idle[t] += ln_idle;
         }
         let cached = (0..n).filter(|t| price.tiers[*t].copies == Copies::Misses).map(|t| loads.count[t]).sum();
         let miss_rate = price.misses.miss_rate(placement.slots, cached);

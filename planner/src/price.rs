@@ -89,6 +89,8 @@ pub struct LayerPrice {
     pub tiers: Vec<TierPrice>,
     /// Probability that an expert is active in a step. `[num_experts]`
     pub active: Vec<f64>,
+    /// ln(1 - active), kept finite: sums of it are the log-probability that none of a set is active. `[num_experts]`
+    pub ln_idle: Vec<f64>,
     /// Miss rate of cache slots.
     pub misses: MissCurve,
 }
@@ -162,6 +164,7 @@ impl PriceTable {
                     .map(|p| if p.id == main.id { 0.0 } else { case.of(cost.sync(p)) })
                     .collect(),
                 tiers: tier_prices(problem, cost, phase, case, work, layer.expert_bytes, &mut links)?,
+                ln_idle: active.iter().map(|p| (1.0 - p.min(1.0 - 1e-12)).ln()).collect(),
                 active,
                 misses: MissCurve::new(case.curve(), recency),
             };

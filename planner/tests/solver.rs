@@ -4,7 +4,7 @@ mod common;
 
 use common::{small_machine, tiny};
 use proptest::prelude::*;
-use proptest::test_runner::TestRunner;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use tierwise_cost::cost::Roofline;
 use tierwise_cost::units::Bytes;
@@ -110,7 +110,9 @@ fn between_the_bound_and_the_oracle() {
     let problems =
         (2_u32..5, 1_u32..3, 0_u64..9, 1_u64..10, objectives, any::<bool>(), prop::collection::vec(1_u32..20, 8), any::<bool>());
     let compared = AtomicU32::new(0);
-    let mut runner = TestRunner::deterministic();
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let mut runner = TestRunner::new_with_rng(config, rng);
     runner
         .run(&problems, |(e, l, v, d, o, g, skew, skewed)| {
             compared.fetch_add(u32::from(compare(e, l, v, d, o, g, &skew, skewed)?), Relaxed);

@@ -86,7 +86,7 @@ pub(super) fn share_slots(problem: &Problem<'_>, placement: &mut Placement, star
     loop {
         let open: Vec<usize> = (0..caches.len()).filter(|i| placement.layers[*i].slots < caches[*i]).collect();
         let each: u64 = open.iter().map(|i| problem.layers[*i].expert_bytes.0).sum();
-        let rounds = if each == 0 { 0 } else { left / each };
+        let rounds = left.checked_div(each).unwrap_or(0);
         if rounds == 0 {
             // Less than one for everybody: one each, from the first layer, while they last.
             for i in open {
