@@ -1,1 +1,308 @@
-//! skeleton
+//! CPU kernels chosen at run time: the inner loops of the executor, once per instruction set.
+//!
+//! [`CpuKernels`] is a table of function pointers, one per operation and weight format. A table for an instruction set can
+//! only be made from a proof that the processor has it ([`Avx2`], [`Avx512`]), so its methods are safe to call. Formats and
+//! operations without a vector version use the scalar one. Adding an instruction set: one proof, one constructor, one folder.
+//!
+//! Two properties hold for every table and are tested:
+//! * integer products inside a block are exact, so quantised results differ from the scalar ones by f32 summation order only;
+//! * the value for a token does not depend on which other tokens are computed with it (batching never changes an answer).
+
+mod activations;
+mod scalar;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use activations::ActivationBuf;
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+use crate::quant::{ActivationFormat, ActivationQ8_1, ActivationQ8K, activation_format};
+use half::f16;
+use std::sync::OnceLock;
+use tierwise_cost::quant::QuantFormat;
+
+/// Tokens that share one pass over a weight row.
+const TILE: usize = 4;
+
+/// Weight rows are taken in groups of about this many bytes, so that a group stays in the L2 cache while all tokens pass.
+const GROUP_BYTES: usize = 128 << 10;
+
+/// Dot products of one encoded weight row with `T` encoded activation rows of the same length.
+type RowDot<const T: usize> = unsafe fn(&[u8], [&[u8]; T]) -> [f32; T];
+
+/// The row kernels of one format.
+#[derive(Clone, Copy)]
+struct RowDots {
+    one: RowDot<1>,
+    tile: RowDot<TILE>,
+}
+
+const NUM_FORMATS: usize = QuantFormat::ALL.len();
+
+/// Index of a format in a table of [`NUM_FORMATS`] entries.
+const fn index(format: QuantFormat) -> usize {
+    format as usize
+}
+
+/// A table with `of(format)` for every format.
+fn per_format(of: impl Fn(QuantFormat) -> RowDots) -> [RowDots; NUM_FORMATS] {
+    let mut table = CpuKernels::SCALAR.dots;
+    for format in QuantFormat::ALL {
+        table[index(*format)] = of(*format);
+    }
+    table
+}
+
+/// The kernels of one instruction set. Cheap to copy; every method may be called from several threads at once.
+///
+/// The pointers are `unsafe fn` because most need processor features; each table is only built where they are present.
+#[derive(Clone, Copy)]
+pub struct CpuKernels {
+    /// `scalar`, `avx2` or `avx512`.
+    pub name: &'static str,
+    dots: [RowDots; NUM_FORMATS],
+    encode_q8_1: unsafe fn(&[f32], &mut [ActivationQ8_1]),
+    encode_q8k: unsafe fn(&[f32], &mut [ActivationQ8K]),
+    axpy_f32: unsafe fn(f32, &[f32], &mut [f32]),
+    axpy_f16: unsafe fn(f32, &[f16], &mut [f32]),
+    rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    silu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
+    softmax: unsafe fn(&mut [f32]),
+    f32_to_f16: unsafe fn(&[f32], &mut [f16]),
+    f16_to_f32: unsafe fn(&[f16], &mut [f32]),
+}
+
+impl std::fmt::Debug for CpuKernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("CpuKernels").field(&self.name).finish()
+    }
+}
+
+impl CpuKernels {
+    /// Plain Rust: works everywhere, and is what the others are tested against.
+    pub const SCALAR: Self = Self {
+        name: "scalar",
+        dots: {
+            let mut table = [scalar::row_dots(QuantFormat::F32); NUM_FORMATS];
+            let mut i = 0;
+            while i < NUM_FORMATS {
+                table[index(QuantFormat::ALL[i])] = scalar::row_dots(QuantFormat::ALL[i]);
+                i += 1;
+            }
+            table
+        },
+        encode_q8_1: crate::quant::encode_q8_1,
+        encode_q8k: crate::quant::encode_q8k,
+        axpy_f32: scalar::axpy_f32,
+        axpy_f16: scalar::axpy_f16,
+        rms_norm: scalar::rms_norm,
+        silu_mul: scalar::silu_mul,
+        softmax: scalar::softmax,
+        f32_to_f16: scalar::f32_to_f16,
+        f16_to_f32: scalar::f16_to_f32,
+    };
+
+    /// 256-bit vectors.
+    #[cfg(target_arch = "x86_64")]
+    pub fn avx2(proof: Avx2) -> Self {
+        x86::avx2_kernels(proof)
+    }
+
+    /// 512-bit vectors with 8-bit integer dot products.
+    #[cfg(target_arch = "x86_64")]
+    pub fn avx512(proof: Avx512) -> Self {
+        x86::avx512_kernels(proof)
+    }
+
+    /// Every table this processor can run, slowest first; the first is always [`Self::SCALAR`].
+    pub fn available() -> Vec<Self> {
+        #[allow(unused_mut, reason = "only x86-64 has more than one table so far")]
+        let mut tables = vec![Self::SCALAR];
+        #[cfg(target_arch = "x86_64")]
+        {
+            tables.extend(Avx2::new().map(Self::avx2));
+            tables.extend(Avx512::new().map(Self::avx512));
+        }
+        tables
+    }
+
+    /// The fastest table this processor can run, detected once.
+    pub fn best() -> &'static Self {
+        static BEST: OnceLock<CpuKernels> = OnceLock::new();
+        BEST.get_or_init(|| Self::available().pop().unwrap_or(Self::SCALAR))
+    }
+
+    /// Encodes activations for weights of `weight`; `act` is reset and grows if it is too small.
+    pub fn quantize_activations(
+        &self,
+        weight: QuantFormat,
+        x: &[f32], // [tokens, cols]
+        cols: usize,
+        act: &mut ActivationBuf,
+    ) {
+        assert!(cols > 0 && x.len().is_multiple_of(cols), "{} activations are not rows of {cols}", x.len());
+        let format = activation_format(weight);
+        act.reset(format, x.len() / cols, cols);
+        for (x, row) in x.chunks_exact(cols).zip(act.rows_mut()) {
+            self.quantize_activation_row(format, x, row);
+        }
+    }
+
+    /// Encodes one row into one item of [`ActivationBuf::rows_mut`], so that rows can be filled in parallel.
+    pub fn quantize_activation_row(
+        &self,
+        format: ActivationFormat,
+        x: &[f32], // [cols]
+        row: &mut [u8],
+    ) {
+        let bytes = format.row_bytes(x.len()).expect("the activation buffer was reset with this length");
+        let row = &mut row[..bytes];
+        match format {
+            ActivationFormat::F32 => row.copy_from_slice(bytemuck::cast_slice(x)),
+            // SAFETY: this table was built with proof that the processor has the features its functions need.
+            ActivationFormat::Q8_1 => unsafe { (self.encode_q8_1)(x, bytemuck::cast_slice_mut(row)) },
+            // SAFETY: as above.
+            ActivationFormat::Q8_K => unsafe { (self.encode_q8k)(x, bytemuck::cast_slice_mut(row)) },
+        }
+    }
+
+    /// `out[row][i] = weight row . activation row tokens[i]`, for every row in `weight`.
+    ///
+    /// The output lies row by row of the *weight*, so any split of the rows splits `weight` and `out` into matching
+    /// contiguous pieces for threads; [`transpose`] turns the whole into `[tokens, rows]`. With one token `out` is `y[rows]`.
+    ///
+    /// # Panics
+    /// If lengths disagree or `act` does not hold `activation_format(format)` of `cols`.
+    pub fn matmul_rows(
+        &self,
+        format: QuantFormat,
+        weight: &[u8], // [rows, cols], encoded
+        cols: usize,
+        act: &ActivationBuf,
+        tokens: &[u32],  // [n] rows of `act`
+        out: &mut [f32], // [rows, n]
+    ) {
+        assert_eq!(act.format(), activation_format(format), "activations are encoded for another format than {format}");
+        assert_eq!(act.cols(), cols, "activations and weights differ in length");
+        let row_bytes = format.row_bytes(cols as u64).expect("columns are whole blocks: checked when the file was read") as usize;
+        assert!(row_bytes > 0 && weight.len().is_multiple_of(row_bytes), "{} bytes are not rows of {row_bytes}", weight.len());
+        let n = tokens.len();
+        assert_eq!(out.len(), weight.len() / row_bytes * n, "output is not rows x tokens");
+        if n == 0 {
+            return;
+        }
+        let dots = &self.dots[index(format)];
+        let group = (GROUP_BYTES / row_bytes).max(1);
+        for (weight, out) in weight.chunks(group * row_bytes).zip(out.chunks_mut(group * n)) {
+            for (tile, at) in tokens.chunks(TILE).zip((0..).step_by(TILE)) {
+                let rows = weight.chunks_exact(row_bytes).zip(out.chunks_exact_mut(n));
+                if let [token] = tile {
+                    let x = [act.row(*token)];
+                    for (weight, out) in rows {
+                        // SAFETY: this table was built with proof that the processor has the features it needs.
+                        let y = unsafe { (dots.one)(weight, x) };
+                        out[at] = y[0];
+                    }
+                } else {
+                    // A last tile of two or three is filled up with its first token; the surplus results are dropped.
+                    let x = std::array::from_fn(|i| act.row(*tile.get(i).unwrap_or(&tile[0])));
+                    for (weight, out) in rows {
+                        // SAFETY: as above.
+                        let y = unsafe { (dots.tile)(weight, x) };
+                        out[at..at + tile.len()].copy_from_slice(&y[..tile.len()]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sum of products.
+    pub fn dot_f32(&self, a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len(), "dot product of unequal lengths");
+        let dot = self.dots[index(QuantFormat::F32)].one;
+        // SAFETY: this table was built with proof that the processor has the features its functions need.
+        let [y] = unsafe { dot(bytemuck::cast_slice(a), [bytemuck::cast_slice(b)]) };
+        y
+    }
+
+    /// Sum of products of an f32 query and an f16 key.
+    pub fn dot_f16(&self, query: &[f32], key: &[f16]) -> f32 {
+        assert_eq!(query.len(), key.len(), "dot product of unequal lengths");
+        let dot = self.dots[index(QuantFormat::F16)].one;
+        // SAFETY: as in `dot_f32`.
+        let [y] = unsafe { dot(bytemuck::cast_slice(key), [bytemuck::cast_slice(query)]) };
+        y
+    }
+
+    /// `y += a * x`.
+    pub fn axpy_f32(&self, a: f32, x: &[f32], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "vectors of unequal lengths");
+        // SAFETY: as in `dot_f32`.
+        unsafe { (self.axpy_f32)(a, x, y) }
+    }
+
+    /// `y += a * x` for an f16 value row.
+    pub fn axpy_f16(&self, a: f32, x: &[f16], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "vectors of unequal lengths");
+        // SAFETY: as in `dot_f32`.
+        unsafe { (self.axpy_f16)(a, x, y) }
+    }
+
+    /// `out = x / sqrt(mean(x^2) + eps) * weight`, the mean taken in f64.
+    pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(x.len() == weight.len() && x.len() == out.len(), "vectors of unequal lengths");
+        // SAFETY: as in `dot_f32`.
+        unsafe { (self.rms_norm)(x, weight, eps, out) }
+    }
+
+    /// `out = gate / (1 + exp(-gate)) * up`.
+    pub fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        assert!(gate.len() == up.len() && gate.len() == out.len(), "vectors of unequal lengths");
+        // SAFETY: as in `dot_f32`.
+        unsafe { (self.silu_mul)(gate, up, out) }
+    }
+
+    /// `x = exp(x - max) / sum`, in place. Minus infinity becomes 0; without a finite element the result is NaN.
+    pub fn softmax(&self, x: &mut [f32]) {
+        // SAFETY: as in `dot_f32`.
+        unsafe { (self.softmax)(x) }
+    }
+
+    /// Rounds to nearest even.
+    pub fn f32_to_f16(&self, src: &[f32], out: &mut [f16]) {
+        assert_eq!(src.len(), out.len(), "vectors of unequal lengths");
+        // SAFETY: as in `dot_f32`.
+        unsafe { (self.f32_to_f16)(src, out) }
+    }
+
+    /// Widens exactly.
+    pub fn f16_to_f32(&self, src: &[f16], out: &mut [f32]) {
+        assert_eq!(src.len(), out.len(), "vectors of unequal lengths");
+        // SAFETY: as in `dot_f32`.
+        unsafe { (self.f16_to_f32)(src, out) }
+    }
+}
+
+/// Turns the `[rows, n]` output of [`CpuKernels::matmul_rows`] into `[n, rows]`.
+pub fn transpose(
+    src: &[f32], // [rows, n]
+    rows: usize,
+    n: usize,
+    out: &mut [f32], // [n, rows]
+) {
+    assert!(src.len() == rows * n && out.len() == rows * n, "matrix sizes disagree");
+    if n == 0 || rows == 0 {
+        return;
+    }
+    // Bands of 16 source rows: one output cache line per token is filled while it is in L1.
+    for (band, src) in src.chunks(16 * n).enumerate() {
+        for (i, out) in out.chunks_exact_mut(rows).enumerate() {
+            for (out, src) in out[16 * band..].iter_mut().zip(src.iter().skip(i).step_by(n)) {
+                *out = *src;
+            }
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Formats in blocks of 32 weights against 8-bit activations.
+//!
+//! Each format only says how to turn a block into 32 signed bytes; the loop is the same for all. One block fills one 256-bit
+//! register, so both instruction sets use that width and differ in the dot product of signed bytes: both multiply magnitudes
+//! (unsigned) by activations that take the weight's sign, because the hardware wants one unsigned operand. This is exact:
+//! |w| <= 128 and |x| <= 127, so even the 16-bit pair sums of AVX2 stay within 2 * 128 * 127 < 2^15.
+//! Even and odd blocks use separate sums, which hides the latency of the addition.
+
+use super::{activation_blocks, half_field, load_128, load_256, sum_f32x8};
+use crate::quant::{
+    ActivationQ8_1, BlockIq4Nl, BlockMxfp4, BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0, IQ4_VALUES, MXFP4_VALUES,
+    mxfp4_half_scale,
+};
+use std::arch::x86_64::*;
+
+/// Nibbles of 16 bytes: low ones in the lower lane, high ones in the upper.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nibbles(codes: &[u8; 16]) -> __m256i {
+    let bytes = load_128(codes);
+    let both = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
+    _mm256_and_si256(both, _mm256_set1_epi8(15))
+}
+
+/// 16 in every byte whose bit is set in `high`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fifth_bits(high: [u8; 4]) -> __m256i {
+    // Byte i gets a copy of byte i / 8 of `high` and tests bit i % 8.
+    let spread = _mm256_set_epi64x(0x0303_0303_0303_0303, 0x0202_0202_0202_0202, 0x0101_0101_0101_0101, 0);
+    let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+    let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(i32::from_le_bytes(high)), spread);
+    let is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+    _mm256_and_si256(is_set, _mm256_set1_epi8(16))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn look_up(table: &[i8; 16], codes: &[u8; 16]) -> __m256i {
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_128(table)), nibbles(codes))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q4_0(b: &BlockQ4_0) -> __m256i {
+    _mm256_sub_epi8(nibbles(&b.codes), _mm256_set1_epi8(8))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q4_1(b: &BlockQ4_1) -> __m256i {
+    nibbles(&b.codes)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q5_0(b: &BlockQ5_0) -> __m256i {
+    _mm256_sub_epi8(_mm256_or_si256(nibbles(&b.codes), fifth_bits(b.high)), _mm256_set1_epi8(16))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q5_1(b: &BlockQ5_1) -> __m256i {
+    _mm256_or_si256(nibbles(&b.codes), fifth_bits(b.high))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q8_0(b: &BlockQ8_0) -> __m256i {
+    load_256(&b.codes)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn iq4_nl(b: &BlockIq4Nl) -> __m256i {
+    look_up(&IQ4_VALUES, &b.codes)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn mxfp4(b: &BlockMxfp4) -> __m256i {
+    look_up(&MXFP4_VALUES, &b.codes)
+}
+
+/// Sums of four signed products each, AVX2.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_avx2(weight: __m256i, x: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
+    _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+}
+
+/// Sums of four signed products each, AVX-512 VNNI.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn dot_avx512(weight: __m256i, x: __m256i) -> __m256i {
+    let zero = _mm256_setzero_si256();
+    let signed = _mm256_mask_sub_epi8(x, _mm256_movepi8_mask(weight), zero, x);
+    _mm256_dpbusd_epi32(zero, _mm256_abs_epi8(weight), signed)
+}
+
+macro_rules! rows {
+    ($features:literal, $dot:ident: $($name:ident $block:ident $codes:ident, $scale:expr, $min:expr;)*) => {$(
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels::x86) fn $name<const T: usize>(weight: &[u8], x: [&[u8]; T]) -> [f32; T] {
+            let weight: &[$block] = bytemuck::cast_slice(weight);
+            let x = activation_blocks::<ActivationQ8_1, T>(x, weight.len());
+            let add = |block: &$block, i: usize, sums: &mut [__m256; T], minima: &mut [f32; T]| {
+                let codes = $codes(block);
+                let scale: f32 = $scale(block);
+                let min: Option<f32> = $min(block);
+                for t in 0..T {
+                    let x = &x[t][i];
+                    let products = _mm256_cvtepi32_ps($dot(codes, load_256(&x.codes)));
+                    sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(scale * x.scale), products, sums[t]);
+                    if let Some(min) = min {
+                        minima[t] += min * x.sum;
+                    }
+                }
+            };
+            let mut sums = [[_mm256_setzero_ps(); T]; 2];
+            let mut minima = [[0f32; T]; 2];
+            // Written in pairs, not with `i % 2`: the sums must have constant indices to live in registers.
+            let (pairs, last) = weight.as_chunks::<2>();
+            for (i, pair) in pairs.iter().enumerate() {
+                for (k, block) in pair.iter().enumerate() {
+                    add(block, 2 * i + k, &mut sums[k], &mut minima[k]);
+                }
+            }
+            if let [block] = last {
+                add(block, weight.len() - 1, &mut sums[0], &mut minima[0]);
+            }
+            std::array::from_fn(|t| sum_f32x8(_mm256_add_ps(sums[0][t], sums[1][t])) + (minima[0][t] + minima[1][t]))
+        }
+    )*};
+}
+
+macro_rules! all_rows {
+    ($features:literal, $dot:ident) => {
+        use super::*;
+        rows! { $features, $dot:
+            q4_0_row BlockQ4_0 q4_0, |b: &BlockQ4_0| half_field(b.scale), |_| None;
+            q4_1_row BlockQ4_1 q4_1, |b: &BlockQ4_1| half_field(b.scale), |b: &BlockQ4_1| Some(half_field(b.min));
+            q5_0_row BlockQ5_0 q5_0, |b: &BlockQ5_0| half_field(b.scale), |_| None;
+            q5_1_row BlockQ5_1 q5_1, |b: &BlockQ5_1| half_field(b.scale), |b: &BlockQ5_1| Some(half_field(b.min));
+            q8_0_row BlockQ8_0 q8_0, |b: &BlockQ8_0| half_field(b.scale), |_| None;
+            iq4_nl_row BlockIq4Nl iq4_nl, |b: &BlockIq4Nl| half_field(b.scale), |_| None;
+            mxfp4_row BlockMxfp4 mxfp4, |b: &BlockMxfp4| mxfp4_half_scale(b.exponent), |_| None;
+        }
+    };
+}
+
+pub(super) mod avx2 {
+    all_rows!("avx2,fma,f16c", dot_avx2);
+}
+
+pub(super) mod avx512 {
+    all_rows!("avx512f,avx512bw,avx512vl,avx512vnni,f16c", dot_avx512);
+}
