@@ -7,13 +7,8 @@ use std::path::Path;
 use tierwise_runtime::session::Session;
 
 fn reference_tokens(folder: &Path) -> Vec<u32> {
-    let bytes = std::fs::read(folder.join("reference.tokens")).expect("read");
-    match std::str::from_utf8(&bytes) {
-        Ok(text) if text.split_whitespace().all(|t| t.parse::<u32>().is_ok()) => {
-            text.split_whitespace().map(|t| t.parse().expect("checked")).collect()
-        }
-        _ => bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-    }
+    let text = std::fs::read_to_string(folder.join("reference.tokens")).expect("read");
+    text.split_whitespace().map(|t| t.parse().expect("an id")).collect()
 }
 
 /// Largest difference and share of positions with the same best token.
@@ -72,14 +67,21 @@ fn f16_gguf_agrees_with_transformers() {
     check_greedy(&mut s, &folder);
 }
 
-/// Quantised files: as far from the reference as llama.cpp is with the same files (0.74 and 1.71; 98.0 % and 95.7 %).
+/// Quantised files, judged by the mean cosine per position and the best tokens. llama.cpp with the same files has 0.99993 and
+/// 98.0 to 98.4 % (Q8_0), 0.99923 and 95.7 % (Q4_K_M); single positions where the routing tips over are far off there as here.
 #[test]
 fn quantised_ggufs_stay_near() {
     let Some(folder) = tiny() else { return };
-    for (file, most, least_same) in [("tiny-q8_0.gguf", 1.0, 0.97), ("tiny-q4_k_m.gguf", 2.5, 0.93)] {
+    let expected = floats(&folder.join("reference.logits.f32"));
+    for (file, least_cosine, least_same) in [("tiny-q8_0.gguf", 0.9998, 0.97), ("tiny-q4_k_m.gguf", 0.9985, 0.93)] {
         let mut s = session(&open(&folder.join(file)), F16_KV);
         let (difference, same) = compare(&mut s, &folder);
-        println!("{file}: max |difference| {difference:.2e}, best token {same:.4}, routing {:.5}", routing_agreement(&mut s, &folder));
-        assert!(difference <= most && same >= least_same, "{file}: {difference} {same}");
+        let routing = routing_agreement(&mut s, &folder);
+        s.reset();
+        let logits = s.logits_all(&reference_tokens(&folder)).expect("computed");
+        let rows = logits.rows().into_iter().zip(expected.chunks_exact(logits.ncols()));
+        let mean = rows.map(|(a, b)| cosine(a.as_slice().expect("row-major"), b)).sum::<f64>() / logits.nrows() as f64;
+        println!("{file}: mean cosine {mean:.6}, max |difference| {difference:.2}, best token {same:.4}, routing {routing:.5}");
+        assert!(mean >= least_cosine && same >= least_same, "{file}: {mean} {same}");
     }
 }

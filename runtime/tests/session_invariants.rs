@@ -144,7 +144,7 @@ fn failed_reads_are_tried_again_and_then_reported() {
     let open_with = |failures| {
         let reader = Unreliable {
             inner: model.expert_reader(&[0, 1]).expect("opened"),
-            key: ExpertKey { layer: 1, expert: 0 },
+            key: ExpertKey { layer: 0, expert: 0 },
             failures: AtomicU32::new(failures),
         };
         Session::with_reader(Arc::clone(&model), &plan, config, Some(Arc::new(reader))).expect("opened")
@@ -157,7 +157,7 @@ fn failed_reads_are_tried_again_and_then_reported() {
 
     let mut s = open_with(u32::MAX);
     let error = s.prefill(&tokens).expect_err("never readable");
-    let RuntimeError::ExpertsUnavailable { layer: 1, reason } = &error else { panic!("{error}") };
+    let RuntimeError::ExpertsUnavailable { layer: 0, reason } = &error else { panic!("{error}") };
     assert!(reason.contains("the disk is on fire"), "{reason}");
     assert!(matches!(s.decode(1), Err(RuntimeError::ExpertsUnavailable { .. })), "the session stays stopped");
 }
