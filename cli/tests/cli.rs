@@ -69,7 +69,7 @@ fn bad_input_gets_one_clear_message() {
     fails(&["run", TINY, "-p", "x", "--vram", "1KB"], &["--vram"]);
     fails(&["run", TINY, "-p", "x", "--ram", "1MB"], &["smallest"]);
     fails(&["plan", TINY, "--machine", "rtx3090-24g-ddr4-64g", "--vram", "1KB"], &["smallest"]);
-    fails(&["plan", TINY, "--machine", "no-such-machine"], &["no-such-machine", "rtx3090-24g-ddr4-64g"]);
+    fails(&["plan", TINY, "--machine", "rtx3090"], &["\"rtx3090\"", "rtx3090-24g-ddr4-64g"]);
     fails(&["plan", TINY, "--context", "9999999"], &["context", "1024"]);
     fails(&["run", TINY, "-p", &long, "--context", "256"], &["256", "--context"]);
     fails(&["run", TINY, "-p", "x", "--context", "0"], &["context"]);
@@ -188,7 +188,8 @@ fn logits_and_routing_have_their_shapes() {
 #[test]
 fn synth_makes_a_model_that_is_inspected_and_run() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let config = write(dir.path(), "config.json", include_bytes!("../../runtime/tests/golden/olmoe/config.json"));
+    let small = include_str!("../../runtime/tests/golden/olmoe/config.json").replace("\"vocab_size\": 96", "\"vocab_size\": 512");
+    let config = write(dir.path(), "config.json", small.as_bytes());
     let file = dir.path().join("m.gguf").display().to_string();
     let made = json(&["synth", &config, "--format", "Q8_0", "-o", &file]);
     assert_eq!(made["bytes"], std::fs::metadata(&file).expect("written").len());

@@ -24,11 +24,7 @@ pub fn run(args: &RunArgs, ui: &Ui) -> Result<()> {
 fn encode(loaded: &Loaded, prompt: &str, chat: bool, system: Option<&str>) -> Result<Vec<u32>> {
     let tokenizer = loaded.tokenizer()?;
     let tokens = if chat {
-        let Some(template) = tokenizer.chat_template() else {
-            bail!("the model has no chat template; run it without --chat");
-        };
-        let piece = |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned());
-        let template = ChatTemplate::new(template, piece(tokenizer.bos()).as_deref(), piece(tokenizer.eos()).as_deref())?;
+        let template = ChatTemplate::from_tokenizer(tokenizer)?;
         let mut messages: Vec<Message> = system.map(|s| Message::new("system", s)).into_iter().collect();
         messages.push(Message::new("user", prompt));
         tokenizer.encode(&template.render(&messages, None, true)?, AddSpecial::Never, true)?
@@ -64,11 +60,12 @@ pub fn generate(loaded: &mut Loaded, prompt: &[u32], args: &SamplingArgs, ignore
     let mut logits = session.prefill(prompt)?.to_vec();
     out.prefill_s = session.statistics().prefill_time.as_secs_f64();
     while out.tokens.len() < args.num_tokens {
-        let token = sampler.sample(&mut logits)?;
+        let token = sampler.sample(&logits)?;
         if tokenizer.is_end_of_generation(token) && !ignore_eos {
             out.stop = "end of text";
             break;
         }
+        sampler.accept(token);
         out.tokens.push(token);
         if let Some(text) = stream.push(tokenizer, token) {
             if !ui.json {
