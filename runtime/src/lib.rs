@@ -1,5 +1,6 @@
 //! Files, memory, kernels, devices, threads and tokens: carries the planner's decisions out.
 //!
+//! * [`atomic_file`]: output that appears whole or not at all.
 //! * [`gguf`]: GGUF files, read through a memory map and written.
 //! * [`safetensors`]: Hugging Face weight folders.
 //! * [`import`]: file metadata to [`tierwise_cost::model::ModelSpec`].
@@ -11,6 +12,7 @@
 //! * [`synth`]: random-weight files in the shape of a real model.
 //! * [`probe`]: a quick look at this machine; [`backend`]: which devices it has; [`doctor`]: findings and hints.
 
+pub mod atomic_file;
 pub mod backend;
 pub mod chat;
 pub mod doctor;
