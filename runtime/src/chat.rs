@@ -10,7 +10,7 @@ mod python;
 use crate::error::{Result, RuntimeError};
 use crate::tokenizer::Tokenizer;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::value::{Kwargs, Serde, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
@@ -74,6 +74,10 @@ impl ChatTemplate {
         });
         environment.add_filter("tojson", tojson);
         environment.add_filter("string", |value: &Value| python::text(value));
+        // In Python texts and dictionaries are sequences too, and None is not iterable.
+        let is_scalar = |value: &Value| matches!(value.kind(), ValueKind::None | ValueKind::Bool | ValueKind::Number);
+        environment.add_test("iterable", move |value: &Value| !is_scalar(value));
+        environment.add_test("sequence", move |value: &Value| !is_scalar(value));
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, format!("the template refuses these messages: {message}")))
         });

@@ -30,8 +30,21 @@ fn repr(value: &Value) -> String {
             };
             list("{", value.try_iter().into_iter().flatten().map(item).collect(), "}")
         }
+        ValueKind::Number if !value.is_integer() => f64::try_from(value.clone()).map_or_else(|_| value.to_string(), float),
         _ => value.to_string(),
     }
+}
+
+/// `repr` of a float: the shortest digits that read back the same, with an exponent below 1e-4 and from 1e16.
+fn float(value: f64) -> String {
+    let magnitude = value.abs();
+    if !value.is_finite() || magnitude == 0.0 || (1e-4..1e16).contains(&magnitude) {
+        return format!("{value:?}").replace("NaN", "nan");
+    }
+    let scientific = format!("{value:e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let (sign, exponent) = exponent.strip_prefix('-').map_or(("+", exponent), |e| ("-", e));
+    format!("{digits}e{sign}{exponent:0>2}")
 }
 
 /// Single quotes unless only double quotes save an escape.
@@ -114,7 +127,11 @@ fn write_json(value: &serde_json::Value, style: &JsonStyle, depth: usize, out: &
             out.push('}');
         }
         Json::String(text) => write_json_string(text, style, out),
-        other => _ = write!(out, "{other}"),
+        Json::Number(number) => match number.as_f64().filter(|_| number.is_f64()) {
+            Some(value) => out.push_str(&float(value)),
+            None => _ = write!(out, "{number}"),
+        },
+        Json::Null | Json::Bool(_) => _ = write!(out, "{value}"),
     }
 }
 
@@ -227,6 +244,16 @@ mod tests {
         }
         assert_eq!(strftime("%F|%-d.%-m.%y %A, %B %e 100%%", 1_735_689_600).expect("known fields"), "2025-01-01|1.1.25 Wednesday, January  1 100%");
         assert!(strftime("%Q", 0).is_err() && strftime("100%", 0).is_err());
+    }
+
+    #[test]
+    fn floats() {
+        for (value, expected) in [
+            (0.0, "0.0"), (-0.0, "-0.0"), (1.0, "1.0"), (0.1, "0.1"), (1e-4, "0.0001"), (0.00005, "5e-05"), (1.5e-7, "1.5e-07"),
+            (1e15, "1000000000000000.0"), (1e16, "1e+16"), (-1.25e20, "-1.25e+20"), (1e100, "1e+100"), (f64::INFINITY, "inf"),
+        ] {
+            assert_eq!(float(value), expected);
+        }
     }
 
     #[test]
