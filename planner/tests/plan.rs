@@ -6,7 +6,8 @@ use common::{config, machine, qwen3_30b, small_machine, tiny};
 use serde_json::{Value, json};
 use tierwise_cost::cost::Roofline;
 use tierwise_cost::machine::{Machine, MemoryKind, ProcessorKind};
-use tierwise_cost::model::ModelSpec;
+use tierwise_cost::model::{Geometry, ModelSpec};
+use tierwise_cost::recipe::Recipe;
 use tierwise_cost::units::Bytes;
 use tierwise_planner::explain::{explain, tier_table};
 use tierwise_planner::{Limits, Objective, Plan, PlanError, Problem, Request, SolverKind, Workload, make_plan};
@@ -146,6 +147,41 @@ fn every_machine_takes_a_small_model_and_every_workload() {
             }
         }
     }
+}
+
+/// Models that can only be planned included: a checked plan, or an error that says what is too small.
+#[test]
+fn every_model_of_the_repository_gets_a_plan_or_a_reason() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/models");
+    let Ok(entries) = std::fs::read_dir(&folder) else {
+        println!("skipped: no configs/models");
+        return;
+    };
+    let (mut plans, mut refusals) = (0, 0);
+    for entry in entries {
+        let path = entry.unwrap().path();
+        let geometry = Geometry::from_toml(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let spec = ModelSpec::with_recipe(geometry, &Recipe::by_name("Q4_K_M").unwrap()).unwrap();
+        for name in ["rtx3090-24g-ddr4-64g", "xeon-cxl-rtx4090"] {
+            let m = machine(name);
+            let context = 4096.min(spec.context_length);
+            match plan(&spec, &m, Request { context, prompt_tokens: 512.min(context), ..Request::default() }) {
+                Ok(p) => {
+                    println!("{}", summary(&p));
+                    assert_accounted(&p, &spec);
+                    p.check(&spec, Some(&m)).unwrap();
+                    plans += 1;
+                }
+                Err(e @ (PlanError::NoRoom { .. } | PlanError::ExpertsDoNotFit { .. })) => {
+                    println!("{} on {name}: {e}", spec.name);
+                    refusals += 1;
+                }
+                Err(e) => panic!("{} on {name}: {e}", spec.name),
+            }
+        }
+    }
+    println!("{plans} plans, {refusals} refusals");
+    assert!(plans > refusals);
 }
 
 #[test]
