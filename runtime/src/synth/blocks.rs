@@ -5,7 +5,6 @@
 //! make them centred. Layouts are those of ggml (`ggml-common.h`).
 
 use half::{bf16, f16};
-use std::ops::Range;
 use tierwise_cost::quant::QuantFormat;
 
 /// SplitMix64's finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
@@ -72,8 +71,8 @@ pub(super) enum BlockSource {
     Blocked {
         /// Bytes of a block.
         block_bytes: usize,
-        /// Where the scale fields lie in a block.
-        fields: &'static [Range<usize>],
+        /// Where the scale fields lie in a block: start and end.
+        fields: &'static [(usize, usize)],
         /// For each variant the fields' bytes, one after another.
         variants: Vec<Vec<u8>>,
         /// Quants are signed bytes, and -128 is not one that a quantiser makes.
@@ -113,9 +112,9 @@ impl BlockSource {
                 for block in out.chunks_exact_mut(*block_bytes) {
                     let variant = &variants[(rng.next() >> 32) as usize % NUM_VARIANTS];
                     let mut rest = variant.as_slice();
-                    for field in *fields {
-                        let (bytes, tail) = rest.split_at(field.len());
-                        block[field.clone()].copy_from_slice(bytes);
+                    for (start, end) in *fields {
+                        let (bytes, tail) = rest.split_at(end - start);
+                        block[*start..*end].copy_from_slice(bytes);
                         rest = tail;
                     }
                 }
@@ -162,26 +161,26 @@ fn plain_values(format: QuantFormat, mean: f32, std: f32, rng: &mut Rng) -> Vec<
     bytes
 }
 
-/// Byte ranges of a block that hold scales and minimums.
-fn scale_fields(format: QuantFormat) -> Option<&'static [Range<usize>]> {
+/// Byte ranges (start, end) of a block that hold scales and minimums.
+fn scale_fields(format: QuantFormat) -> Option<&'static [(usize, usize)]> {
     use QuantFormat as F;
     Some(match format {
         // d
-        F::Q4_0 | F::Q5_0 | F::Q8_0 | F::IQ4_NL => &[0..2],
+        F::Q4_0 | F::Q5_0 | F::Q8_0 | F::IQ4_NL => &[(0, 2)],
         // d, m
-        F::Q4_1 | F::Q5_1 => &[0..4],
+        F::Q4_1 | F::Q5_1 => &[(0, 4)],
         // scales[16], qs[64], d, dmin
-        F::Q2_K => &[0..16, 80..84],
+        F::Q2_K => &[(0, 16), (80, 84)],
         // hmask[32], qs[64], scales[12], d
-        F::Q3_K => &[96..110],
+        F::Q3_K => &[(96, 110)],
         // d, dmin, scales[12], qs...
-        F::Q4_K | F::Q5_K => &[0..16],
+        F::Q4_K | F::Q5_K => &[(0, 16)],
         // ql[128], qh[64], scales[16], d
-        F::Q6_K => &[192..210],
+        F::Q6_K => &[(192, 210)],
         // d, scales_h, scales_l[4], qs[128]
-        F::IQ4_XS => &[0..8],
+        F::IQ4_XS => &[(0, 8)],
         // e, qs[16]
-        F::MXFP4 => &[0..1],
+        F::MXFP4 => &[(0, 1)],
         F::F32 | F::F16 | F::BF16 | F::Q8_K => return None,
     })
 }
