@@ -48,6 +48,7 @@ const fn index(format: QuantFormat) -> usize {
 }
 
 /// A table with `of(format)` for every format.
+#[cfg(target_arch = "x86_64")]
 fn per_format(of: impl Fn(QuantFormat) -> RowDots) -> [RowDots; NUM_FORMATS] {
     let mut table = CpuKernels::SCALAR.dots;
     for format in QuantFormat::ALL {

@@ -53,8 +53,9 @@ pub fn quantize_row(format: QuantFormat, src: &[f32], out: &mut [u8]) -> Result<
 /// Largest magnitude the encoder takes: beyond it a scale, a minimum or the value itself would become infinite.
 fn largest_magnitude(format: QuantFormat) -> Result<f32> {
     match format {
-        QuantFormat::F32 | QuantFormat::MXFP4 | QuantFormat::Q8_K => Ok(f32::MAX),
-        QuantFormat::BF16 => Ok(bf16::MAX.to_f32()),
+        QuantFormat::F32 | QuantFormat::MXFP4 => Ok(f32::MAX),
+        // For Q8_K just low enough that 127 times the rounded scale stays finite.
+        QuantFormat::BF16 | QuantFormat::Q8_K => Ok(bf16::MAX.to_f32()),
         QuantFormat::F16
         | QuantFormat::Q4_0
         | QuantFormat::Q4_1
@@ -267,4 +268,100 @@ fn mxfp4(x: &[f32; 32]) -> BlockMxfp4 {
         (1..16).fold(0, |best, i| if error(i) < error(best) { i } else { best })
     });
     BlockMxfp4 { exponent, codes: pack_nibbles(&codes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    /// Largest error of one weight as a share of the largest magnitude of its block.
+    ///
+    /// Half a step where codes are rounded to nearest (a step is 1/8 of the largest magnitude in Q4_0, 1/16 in Q5_0, 1/127 in
+    /// Q8_0, up to 2/15 and 2/31 with a minimum), a whole step where the code range is one short at one end (`_0` formats).
+    /// K formats also round each sub-block's scale and minimum to 1/63 of the largest (Q6_K: 1/128), which shifts the far end of
+    /// a sub-block by up to half a step each. IQ4_NL: half its widest gap, 24/127, and one end short. MXFP4: the largest code is
+    /// 6 and values up to 8 fall on it, so a quarter of the largest. F16 scales add 2^-11 throughout.
+    fn error_bound(format: QuantFormat) -> f32 {
+        let share = match format {
+            QuantFormat::F32 => return 0.0,
+            QuantFormat::F16 => 1.0 / 2048.0,
+            QuantFormat::BF16 => 1.0 / 256.0,
+            QuantFormat::Q4_0 => 1.0 / 8.0,
+            QuantFormat::Q5_0 => 1.0 / 16.0,
+            QuantFormat::Q4_1 => 1.0 / 15.0,
+            QuantFormat::Q5_1 => 1.0 / 31.0,
+            QuantFormat::Q8_0 | QuantFormat::Q8_K => 0.5 / 127.0,
+            QuantFormat::Q4_K => 2.0 / 15.0,
+            QuantFormat::Q5_K => 2.0 / 31.0,
+            QuantFormat::Q6_K => 1.5 / 32.0,
+            QuantFormat::IQ4_NL => 14.0 / 127.0,
+            QuantFormat::MXFP4 => 1.0 / 4.0,
+            QuantFormat::Q2_K | QuantFormat::Q3_K | QuantFormat::IQ4_XS => return f32::NAN,
+        };
+        share + 1.0 / 1024.0
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn decoding_what_was_encoded_is_within_a_step(seed: u64, size in -2i32..4, shift in -1f32..1.0) {
+            let rng = &mut StdRng::seed_from_u64(seed);
+            let size = 10f32.powi(size);
+            let src: Vec<f32> = (0..512).map(|_| size * (shift + rng.random_range(-1.0..1.0f32))).collect();
+            for format in QuantFormat::ALL.iter().copied().filter(|f| !error_bound(*f).is_nan()) {
+                let mut bytes = vec![0; format.row_bytes(512).unwrap() as usize];
+                quantize_row(format, &src, &mut bytes).unwrap();
+                let mut back = vec![f32::NAN; 512];
+                dequantize_row(format, &bytes, &mut back);
+                let per_block = format.layout().elems as usize;
+                for (src, back) in src.chunks(per_block).zip(back.chunks(per_block)) {
+                    // The last term is half the smallest F16.
+                    let bound = error_bound(format) * extreme(src).abs() + 3e-8;
+                    for (s, b) in src.iter().zip(back) {
+                        prop_assert!((s - b).abs() <= bound, "{format}: {s} became {b}, bound {bound}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_stay_zeros() {
+        for format in QuantFormat::ALL.iter().copied().filter(|f| !error_bound(*f).is_nan()) {
+            let mut bytes = vec![0xFF; format.row_bytes(256).unwrap() as usize];
+            quantize_row(format, &[0.0; 256], &mut bytes).unwrap();
+            let mut back = [f32::NAN; 256];
+            dequantize_row(format, &bytes, &mut back);
+            assert!(back.iter().all(|v| *v == 0.0), "{format}: {back:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_encoded_is_refused() {
+        let mut bytes = [0; 1024];
+        for format in QuantFormat::ALL.iter().copied() {
+            let bytes = &mut bytes[..format.row_bytes(256).unwrap() as usize];
+            if error_bound(format).is_nan() {
+                let message = quantize_row(format, &[0.0; 256], bytes).unwrap_err().to_string();
+                assert!(message.contains(format.name()), "{message}");
+                continue;
+            }
+            let limit = largest_magnitude(format).unwrap();
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -limit.next_up()] {
+                let mut src = [0.25; 256];
+                src[77] = bad;
+                quantize_row(format, &src, bytes).unwrap_err();
+            }
+            // The largest magnitudes allowed decode to finite numbers.
+            let src: [f32; 256] = std::array::from_fn(|i| if i % 3 == 0 { -limit } else { limit });
+            quantize_row(format, &src, bytes).unwrap();
+            let mut back = [f32::NAN; 256];
+            dequantize_row(format, bytes, &mut back);
+            assert!(back.iter().all(|v| v.is_finite()), "{format}");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Q2_K ... Q6_K and Q8_K: super-blocks of 256 weights with small integer scales per sub-block.
 //!
 //! All five fit one formula, `w = scale * s[g] * code - min * m[g]` with `g` the group of 16 the weight is in (formats with
-//! sub-blocks of 32 repeat each scale). The files below only differ in where the bits lie; [`Groups`] is the common ground.
+//! sub-blocks of 32 repeat each scale). The structs below only differ in where the bits lie; [`Groups`] is the common ground.
 //! Layouts: `ggml-common.h` (`block_q2_K` ... `block_q8_K`), bit order: `dequantize_row_*` in `ggml-quants.c`.
 
 use super::{ActivationQ8K, Block, assert_layout, f16};
@@ -66,7 +66,7 @@ k_block!(BlockQ2K Q2_K, BlockQ3K Q3_K, BlockQ4K Q4_K, BlockQ5K Q5_K, BlockQ6K Q6
 pub struct BlockQ2K {
     /// Per group: scale in the low, minimum in the high nibble.
     pub scales: [u8; 16],
-    /// Four codes per byte; see [`two_bit_code`].
+    /// Four codes per byte; see `two_bit_code`.
     pub codes: [u8; 64],
     /// f16.
     pub scale: [u8; 2],
@@ -98,7 +98,7 @@ impl BlockQ2K {
 pub struct BlockQ3K {
     /// Third bits: bit `i / 32` of byte `i % 32`.
     pub high: [u8; 32],
-    /// Lower two bits; see [`two_bit_code`].
+    /// Lower two bits; see `two_bit_code`.
     pub codes: [u8; 64],
     /// Sixteen 6-bit scales: nibbles in the first eight bytes, upper two bits in the last four.
     pub scales: [u8; 12],
@@ -129,7 +129,7 @@ pub struct BlockQ4K {
     pub scale: [u8; 2],
     /// f16.
     pub min: [u8; 2],
-    /// See [`unpack_scales`].
+    /// See `unpack_scales`.
     pub scales: [u8; 12],
     /// 32 bytes per 64 elements, the first 32 in the low nibbles.
     pub codes: [u8; 128],
@@ -188,7 +188,7 @@ pub struct BlockQ5K {
     pub scale: [u8; 2],
     /// f16.
     pub min: [u8; 2],
-    /// See [`unpack_scales`].
+    /// See `unpack_scales`.
     pub scales: [u8; 12],
     /// Fifth bits: bit `i / 32` of byte `i % 32`.
     pub high: [u8; 32],

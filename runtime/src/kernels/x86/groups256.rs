@@ -1,11 +1,12 @@
-//! Q4_K, Q5_K and Q6_K with 256-bit vectors.
+//! Q2_K to Q6_K and IQ4_XS with 256-bit vectors.
 //!
 //! Per 32 weights: multiply codes and activations to 16-bit pair sums, multiply those by the group's integer scale while
 //! adding to 32 bits. All of a super-block's product is one exact integer (see `quant::k_quants`), turned to f32 once.
-//! The 16-bit pair sums cannot overflow: codes are at most 31 (Q5_K) or, as magnitudes, 32 (Q6_K): 2 * 32 * 127 < 2^15.
+//! The 16-bit pair sums cannot overflow: two products of a code of at most 127 with an activation of at most 127 fit.
 
+use super::wide32::look_up;
 use super::{activation_blocks, half_field, load_128, load_256, sum_f32x8};
-use crate::quant::{ActivationQ8K, BlockQ4K, BlockQ5K, BlockQ6K, unpack_scales};
+use crate::quant::{ActivationQ8K, BlockIq4Xs, BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, IQ4_VALUES, unpack_scales};
 use std::arch::x86_64::*;
 
 /// Eight bytes as sixteen 16-bit numbers, each twice: one per group of 16 weights.
@@ -110,34 +111,124 @@ fn q6_k(b: &BlockQ6K, half: usize) -> [__m256i; 4] {
     })
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn q6_k_row<const T: usize>(weight: &[u8], x: [&[u8]; T]) -> [f32; T] {
-    let weight: &[BlockQ6K] = bytemuck::cast_slice(weight);
-    let x = activation_blocks::<ActivationQ8K, T>(x, weight.len());
-    let mut sums = [_mm256_setzero_ps(); T];
-    for (i, block) in weight.iter().enumerate() {
-        let scale = half_field(block.scale);
-        let scales = load_128(&block.scales);
-        let mut products = [_mm256_setzero_si256(); T];
-        for half in 0..2 {
-            for (k, codes) in q6_k(block, half).into_iter().enumerate() {
-                let s = 4 * half + k;
-                // Scales of groups 2s and 2s + 1, eight times each, widened to 16 bits.
-                let group = 2 * s as i64;
-                let pick = _mm_set_epi64x((group + 1) * 0x0101_0101_0101_0101, group * 0x0101_0101_0101_0101);
-                let scale = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, pick));
-                let magnitudes = _mm256_abs_epi8(codes);
+/// Code `j` of each of the four that a byte of `codes` holds, for `j` = 0..4: 32 elements each.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn two_bit_codes(codes: &[u8; 64], half: usize) -> [__m256i; 4] {
+    let bytes = load_256(&codes.as_chunks::<32>().0[half]);
+    let shifted = [bytes, _mm256_srli_epi16::<2>(bytes), _mm256_srli_epi16::<4>(bytes), _mm256_srli_epi16::<6>(bytes)];
+    shifted.map(|v| _mm256_and_si256(v, _mm256_set1_epi8(3)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q2_k(b: &BlockQ2K, half: usize) -> [__m256i; 4] {
+    two_bit_codes(&b.codes, half)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q3_k(b: &BlockQ3K, half: usize) -> [__m256i; 4] {
+    let high = load_256(&b.high);
+    let mut codes = two_bit_codes(&b.codes, half);
+    for (j, code) in codes.iter_mut().enumerate() {
+        let bit = _mm256_set1_epi8((1u8 << (4 * half + j)).cast_signed());
+        let is_set = _mm256_cmpeq_epi8(_mm256_and_si256(high, bit), bit);
+        // Without the third bit the code is 4 lower.
+        *code = _mm256_sub_epi8(*code, _mm256_andnot_si256(is_set, _mm256_set1_epi8(4)));
+    }
+    codes
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn iq4_xs(b: &BlockIq4Xs, half: usize) -> [__m256i; 4] {
+    let parts = b.codes.as_chunks::<16>().0;
+    [0, 1, 2, 3].map(|k| look_up(&IQ4_VALUES, &parts[4 * half + k]))
+}
+
+/// The sixteen group scales, as signed bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q6_k_scales(b: &BlockQ6K) -> __m128i {
+    load_128(&b.scales)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q2_k_scales(b: &BlockQ2K) -> __m128i {
+    _mm_and_si128(load_128(&b.scales), _mm_set1_epi8(15))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn q3_k_scales(b: &BlockQ3K) -> __m128i {
+    let [a, b, high] = [0, 4, 8].map(|i| i32::from_le_bytes([b.scales[i], b.scales[i + 1], b.scales[i + 2], b.scales[i + 3]]));
+    let bytes = _mm_set_epi32(b, a, b, a);
+    let low = _mm_and_si128(_mm_srlv_epi32(bytes, _mm_set_epi32(4, 4, 0, 0)), _mm_set1_epi8(15));
+    let upper = _mm_and_si128(_mm_srlv_epi32(_mm_set1_epi32(high), _mm_set_epi32(6, 4, 2, 0)), _mm_set1_epi8(3));
+    _mm_sub_epi8(_mm_or_si128(low, _mm_slli_epi16::<4>(upper)), _mm_set1_epi8(32))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn iq4_xs_scales(b: &BlockIq4Xs) -> __m128i {
+    let scales = _mm_cvtsi64_si128(i64::from_le_bytes(b.sub_scales().map(i8::cast_unsigned)));
+    _mm_unpacklo_epi8(scales, scales)
+}
+
+/// Scale of the minima and the sixteen minima as 16-bit numbers.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn q2_k_minima(b: &BlockQ2K) -> (f32, __m256i) {
+    let mins = _mm_and_si128(_mm_srli_epi16::<4>(load_128(&b.scales)), _mm_set1_epi8(15));
+    (half_field(b.min), _mm256_cvtepu8_epi16(mins))
+}
+
+/// Formats whose codes are signed and whose scales are signed bytes per group of 16, with or without minima.
+macro_rules! rows_of_signed_codes {
+    ($($name:ident $block:ident $codes:ident $scales:ident, $minima:expr;)*) => {$(
+        #[target_feature(enable = "avx2,fma,f16c")]
+        pub(super) fn $name<const T: usize>(weight: &[u8], x: [&[u8]; T]) -> [f32; T] {
+            let weight: &[$block] = bytemuck::cast_slice(weight);
+            let x = activation_blocks::<ActivationQ8K, T>(x, weight.len());
+            let mut sums = [_mm256_setzero_ps(); T];
+            for (i, block) in weight.iter().enumerate() {
+                let scale = half_field(block.scale);
+                let scales = $scales(block);
+                let minima: Option<(f32, __m256i)> = $minima(block);
+                let mut products = [_mm256_setzero_si256(); T];
+                for half in 0..2 {
+                    for (k, codes) in $codes(block, half).into_iter().enumerate() {
+                        let s = 4 * half + k;
+                        // Scales of groups 2s and 2s + 1, eight times each, widened to 16 bits.
+                        let group = 2 * s as i64;
+                        let pick = _mm_set_epi64x((group + 1) * 0x0101_0101_0101_0101, group * 0x0101_0101_0101_0101);
+                        let scale = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, pick));
+                        let magnitudes = _mm256_abs_epi8(codes);
+                        for t in 0..T {
+                            let x = load_256(&x[t][i].codes.as_chunks::<32>().0[s]);
+                            let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x, codes));
+                            products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(pairs, scale));
+                        }
+                    }
+                }
                 for t in 0..T {
-                    let x = load_256(&x[t][i].codes.as_chunks::<32>().0[s]);
-                    let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x, codes));
-                    products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(pairs, scale));
+                    let x = &x[t][i];
+                    sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(scale * x.scale), _mm256_cvtepi32_ps(products[t]), sums[t]);
+                    if let Some((min, mins)) = minima {
+                        let minimum = _mm256_cvtepi32_ps(_mm256_madd_epi16(mins, load_256(&x.sums)));
+                        sums[t] = _mm256_fnmadd_ps(_mm256_set1_ps(min * x.scale), minimum, sums[t]);
+                    }
                 }
             }
+            std::array::from_fn(|t| sum_f32x8(sums[t]))
         }
-        for t in 0..T {
-            let scale = _mm256_set1_ps(scale * x[t][i].scale);
-            sums[t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(products[t]), sums[t]);
-        }
-    }
-    std::array::from_fn(|t| sum_f32x8(sums[t]))
+    )*};
+}
+rows_of_signed_codes! {
+    q2_k_row BlockQ2K q2_k q2_k_scales, |b| Some(q2_k_minima(b));
+    q3_k_row BlockQ3K q3_k q3_k_scales, |_| None;
+    q6_k_row BlockQ6K q6_k q6_k_scales, |_| None;
+    iq4_xs_row BlockIq4Xs iq4_xs iq4_xs_scales, |_| None;
 }

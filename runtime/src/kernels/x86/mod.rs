@@ -63,12 +63,16 @@ pub(super) fn avx2_kernels(_proof: Avx2) -> CpuKernels {
             QuantFormat::Q5_0 => both!(wide32::avx2::q5_0_row),
             QuantFormat::Q5_1 => both!(wide32::avx2::q5_1_row),
             QuantFormat::Q8_0 => both!(wide32::avx2::q8_0_row),
+            QuantFormat::Q2_K => both!(groups256::q2_k_row),
+            QuantFormat::Q3_K => both!(groups256::q3_k_row),
             QuantFormat::Q4_K => both!(groups256::q4_k_row),
             QuantFormat::Q5_K => both!(groups256::q5_k_row),
             QuantFormat::Q6_K => both!(groups256::q6_k_row),
             QuantFormat::IQ4_NL => both!(wide32::avx2::iq4_nl_row),
             QuantFormat::MXFP4 => both!(wide32::avx2::mxfp4_row),
-            QuantFormat::Q2_K | QuantFormat::Q3_K | QuantFormat::Q8_K | QuantFormat::IQ4_XS => scalar::row_dots(format),
+            QuantFormat::IQ4_XS => both!(groups256::iq4_xs_row),
+            // Never seen as weights in practice.
+            QuantFormat::Q8_K => scalar::row_dots(format),
         }),
         encode_q8_1: ops256::encode_q8_1,
         encode_q8k: ops256::encode_q8k,
@@ -94,12 +98,16 @@ pub(super) fn avx512_kernels(_proof: Avx512) -> CpuKernels {
             QuantFormat::Q5_0 => both!(wide32::avx512::q5_0_row),
             QuantFormat::Q5_1 => both!(wide32::avx512::q5_1_row),
             QuantFormat::Q8_0 => both!(wide32::avx512::q8_0_row),
+            QuantFormat::Q2_K => both!(groups256::q2_k_row),
+            QuantFormat::Q3_K => both!(groups256::q3_k_row),
             QuantFormat::Q4_K => both!(groups512::q4_k_row),
             QuantFormat::Q5_K => both!(groups512::q5_k_row),
             QuantFormat::Q6_K => both!(groups512::q6_k_row),
             QuantFormat::IQ4_NL => both!(wide32::avx512::iq4_nl_row),
             QuantFormat::MXFP4 => both!(wide32::avx512::mxfp4_row),
-            QuantFormat::Q2_K | QuantFormat::Q3_K | QuantFormat::Q8_K | QuantFormat::IQ4_XS => scalar::row_dots(format),
+            QuantFormat::IQ4_XS => both!(groups256::iq4_xs_row),
+            // Never seen as weights in practice.
+            QuantFormat::Q8_K => scalar::row_dots(format),
         }),
         encode_q8_1: ops512::encode_q8_1,
         encode_q8k: ops512::encode_q8k,
@@ -116,7 +124,7 @@ pub(super) fn avx512_kernels(_proof: Avx512) -> CpuKernels {
 /// The activation rows of a tile as blocks, as many as the weight row has.
 // A plain loop, always inlined: then the compiler knows all lengths equal `blocks` and drops the checks in the inner loops.
 #[inline(always)]
-fn activation_blocks<'a, A: Pod, const T: usize>(x: [&'a [u8]; T], blocks: usize) -> [&'a [A]; T] {
+fn activation_blocks<A: Pod, const T: usize>(x: [&[u8]; T], blocks: usize) -> [&[A]; T] {
     let mut rows: [&[A]; T] = [&[]; T];
     for t in 0..T {
         rows[t] = &bytemuck::cast_slice(x[t])[..blocks];

@@ -145,7 +145,7 @@ fn exp(x: __m512) -> __m512 {
     let x = _mm512_max_ps(c(-87.336_54), _mm512_min_ps(c(88.376_26), x));
     let n =
         _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm512_mul_ps(x, c(std::f32::consts::LOG2_E)));
-    let r = _mm512_fnmadd_ps(n, c(-2.121_944_4e-4), _mm512_fnmadd_ps(n, c(0.693_359_375), x));
+    let r = _mm512_fnmadd_ps(n, c(-2.121_944_4e-4), _mm512_fnmadd_ps(n, c(355.0 / 512.0), x));
     let mut p = c(1.987_569_1e-4);
     for k in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = _mm512_fmadd_ps(p, r, c(k));

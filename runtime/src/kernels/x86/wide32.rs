@@ -6,20 +6,31 @@
 //! |w| <= 128 and |x| <= 127, so even the 16-bit pair sums of AVX2 stay within 2 * 128 * 127 < 2^15.
 //! Even and odd blocks use separate sums, which hides the latency of the addition.
 
-use super::{activation_blocks, half_field, load_128, load_256, sum_f32x8};
+use super::{activation_blocks, load_128, load_256, sum_f32x8};
 use crate::quant::{
     ActivationQ8_1, BlockIq4Nl, BlockMxfp4, BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0, IQ4_VALUES, MXFP4_VALUES,
     mxfp4_half_scale,
 };
+use bytemuck::Pod;
 use std::arch::x86_64::*;
 
 /// Nibbles of 16 bytes: low ones in the lower lane, high ones in the upper.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn nibbles(codes: &[u8; 16]) -> __m256i {
-    let bytes = load_128(codes);
-    let both = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
-    _mm256_and_si256(both, _mm256_set1_epi8(15))
+    let bytes = _mm256_broadcastsi128_si256(load_128(codes));
+    let shift = _mm256_set_m128i(_mm_set1_epi32(4), _mm_setzero_si128());
+    _mm256_and_si256(_mm256_srlv_epi32(bytes, shift), _mm256_set1_epi8(15))
+}
+
+/// The first two half-precision numbers of a block, each in every lane. In formats without a minimum the second is code bits
+/// and must not be used. (One broadcast load and one conversion; through scalars it takes three shuffles more.)
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn leading_halves<B: Pod>(block: &B) -> (__m256, __m256) {
+    let bytes = bytemuck::bytes_of(block).first_chunk::<4>().expect("every block is longer than four bytes");
+    let alternating = _mm256_cvtph_ps(_mm_set1_epi32(i32::from_le_bytes(*bytes)));
+    (_mm256_moveldup_ps(alternating), _mm256_movehdup_ps(alternating))
 }
 
 /// 16 in every byte whose bit is set in `high`.
@@ -36,7 +47,7 @@ fn fifth_bits(high: [u8; 4]) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn look_up(table: &[i8; 16], codes: &[u8; 16]) -> __m256i {
+pub(super) fn look_up(table: &[i8; 16], codes: &[u8; 16]) -> __m256i {
     _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_128(table)), nibbles(codes))
 }
 
@@ -107,14 +118,14 @@ macro_rules! rows {
             let x = activation_blocks::<ActivationQ8_1, T>(x, weight.len());
             let add = |block: &$block, i: usize, sums: &mut [__m256; T], minima: &mut [f32; T]| {
                 let codes = $codes(block);
-                let scale: f32 = $scale(block);
-                let min: Option<f32> = $min(block);
+                let scale: __m256 = $scale(block);
+                let min: Option<__m256> = $min(block);
                 for t in 0..T {
                     let x = &x[t][i];
                     let products = _mm256_cvtepi32_ps($dot(codes, load_256(&x.codes)));
-                    sums[t] = _mm256_fmadd_ps(_mm256_set1_ps(scale * x.scale), products, sums[t]);
+                    sums[t] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(x.scale)), products, sums[t]);
                     if let Some(min) = min {
-                        minima[t] += min * x.sum;
+                        minima[t] += _mm256_cvtss_f32(min) * x.sum;
                     }
                 }
             };
@@ -139,13 +150,13 @@ macro_rules! all_rows {
     ($features:literal, $dot:ident) => {
         use super::*;
         rows! { $features, $dot:
-            q4_0_row BlockQ4_0 q4_0, |b: &BlockQ4_0| half_field(b.scale), |_| None;
-            q4_1_row BlockQ4_1 q4_1, |b: &BlockQ4_1| half_field(b.scale), |b: &BlockQ4_1| Some(half_field(b.min));
-            q5_0_row BlockQ5_0 q5_0, |b: &BlockQ5_0| half_field(b.scale), |_| None;
-            q5_1_row BlockQ5_1 q5_1, |b: &BlockQ5_1| half_field(b.scale), |b: &BlockQ5_1| Some(half_field(b.min));
-            q8_0_row BlockQ8_0 q8_0, |b: &BlockQ8_0| half_field(b.scale), |_| None;
-            iq4_nl_row BlockIq4Nl iq4_nl, |b: &BlockIq4Nl| half_field(b.scale), |_| None;
-            mxfp4_row BlockMxfp4 mxfp4, |b: &BlockMxfp4| mxfp4_half_scale(b.exponent), |_| None;
+            q4_0_row BlockQ4_0 q4_0, |b| leading_halves(b).0, |_| None;
+            q4_1_row BlockQ4_1 q4_1, |b| leading_halves(b).0, |b| Some(leading_halves(b).1);
+            q5_0_row BlockQ5_0 q5_0, |b| leading_halves(b).0, |_| None;
+            q5_1_row BlockQ5_1 q5_1, |b| leading_halves(b).0, |b| Some(leading_halves(b).1);
+            q8_0_row BlockQ8_0 q8_0, |b| leading_halves(b).0, |_| None;
+            iq4_nl_row BlockIq4Nl iq4_nl, |b| leading_halves(b).0, |_| None;
+            mxfp4_row BlockMxfp4 mxfp4, |b: &BlockMxfp4| _mm256_set1_ps(mxfp4_half_scale(b.exponent)), |_| None;
         }
     };
 }
