@@ -75,6 +75,46 @@ fn toml_round_trips_and_is_short() {
 }
 
 #[test]
+fn a_pattern_of_layers_is_written_once() {
+    let text =
+        |block: &str| format!("name='x'\narchitecture='x'\nhidden_size=64\nvocab_size=10\ncontext_length=9\nsource='x'\n{block}");
+    let mixer = |name: &str, weights: u64| {
+        format!("{{kind='plan_only', name='{name}', weight_elements={weights}, kv_elements_per_token=2}}")
+    };
+    let layers = format!(
+        "[[block]]\nrepeat=3\n[[block.layer]]\nrepeat=2\nattention={}\nffn={{kind='none'}}\n[[block.layer]]\nattention={}\nffn={{kind='dense', inner_size=8}}\n",
+        mixer("a", 128),
+        mixer("b", 0)
+    );
+    let g = Geometry::from_toml(&text(&layers)).unwrap();
+    let names: String = g
+        .layers
+        .iter()
+        .map(|l| if matches!(&l.attention, Attention::PlanOnly(m) if m.name == "a") { 'a' } else { 'b' })
+        .collect();
+    assert_eq!(names, "aabaabaab");
+    assert_eq!(Geometry::from_toml(&g.to_toml("x", None).unwrap()).unwrap(), g);
+    // A mixer without weights is no tensor, and neither is a missing feed-forward part.
+    let of_layer = |l: u32| tensor_shapes(&g).iter().filter(|t| t.layer == Some(l)).map(|t| t.name.clone()).collect::<Vec<_>>();
+    assert_eq!(of_layer(0), ["blk.0.attn_norm.weight", "blk.0.mixer.weight"]);
+    assert_eq!(of_layer(2), ["blk.2.ffn_norm.weight", "blk.2.ffn_gate.weight", "blk.2.ffn_up.weight", "blk.2.ffn_down.weight"]);
+    for (block, expected) in [
+        ("[[block]]\nrepeat=1\n", "no attention"),
+        (
+            "[[block]]\nrepeat=1\nffn={kind='none'}\n[[block.layer]]\nattention={kind='plan_only', name='a', weight_elements=1, kv_elements_per_token=1}\nffn={kind='none'}\n",
+            "both layers and",
+        ),
+        (
+            "[[block]]\nrepeat=4294967295\n[[block.layer]]\nrepeat=4294967295\nattention={kind='plan_only', name='a', weight_elements=1, kv_elements_per_token=1}\nffn={kind='none'}\n",
+            "1 to 4096",
+        ),
+    ] {
+        let message = Geometry::from_toml(&text(block)).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[test]
 fn fingerprints_tell_formats_apart() {
     let of = |recipe| ModelSpec::with_recipe(qwen3_30b(), &Recipe::by_name(recipe).unwrap()).unwrap().fingerprint();
     assert_eq!(of("Q8_0"), of("Q8_0"));
