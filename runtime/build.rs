@@ -6,10 +6,14 @@ use std::path::{Path, PathBuf};
 
 fn main() {
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    println!("cargo::rerun-if-changed=build.rs");
     let mut code = String::new();
     for (constant, folder) in [("MODELS", "models"), ("MACHINES", "machines")] {
         let folder = configs.join(folder);
-        println!("cargo::rerun-if-changed={}", folder.display());
+        // A path that does not exist would make every build run this again.
+        if folder.is_dir() {
+            println!("cargo::rerun-if-changed={}", folder.display());
+        }
         writeln!(code, "static {constant}: &[(&str, &str)] = &[").expect("writing to a string");
         for path in toml_files(&folder) {
             let stem = path.file_stem().expect("a file has a name").to_string_lossy();

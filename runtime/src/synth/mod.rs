@@ -4,7 +4,7 @@
 //! will do. The scale of the weights is that of an initialised network: every projection keeps the size of what it is given, so
 //! that activations neither explode nor vanish and routing is spread over the experts.
 //!
-//! * [`blocks`]: random blocks of each format. * [`metadata`]: keys. * [`vocabulary`]: tokens and merges.
+//! `blocks` makes random blocks of each format, `metadata` the keys, `vocabulary` tokens and merges.
 
 mod blocks;
 mod metadata;
