@@ -34,8 +34,11 @@ fn routing_weights_agree_with_transformers() {
         s.prefill(&ids(&reference["tokens"])).expect("computed");
         for c in s.take_routing() {
             let weights = reference["routing"][c.layer as usize]["weights"].as_array().expect("an array");
-            let weights: Vec<f32> =
-                weights.iter().flat_map(|w| w.as_array().expect("an array")).map(|w| w.as_f64().expect("a number") as f32).collect();
+            let weights: Vec<f32> = weights
+                .iter()
+                .flat_map(|w| w.as_array().expect("an array"))
+                .map(|w| w.as_f64().expect("a number") as f32)
+                .collect();
             assert!(max_difference(&c.routing.weights, &weights) < 1e-5, "{family} layer {}", c.layer);
         }
     }

@@ -40,7 +40,7 @@ pub fn attention(
     a: &Gqa,
     layer: usize,
     kv: &KvCache,
-    q: ArrayView2<'_, f32>,           // [tokens, num_heads * head_dim]
+    q: ArrayView2<'_, f32>,          // [tokens, num_heads * head_dim]
     mut out: ArrayViewMut2<'_, f32>, // [tokens, num_heads * head_dim]
 ) {
     let (head_dim, group) = (a.head_dim as usize, (a.num_heads / a.num_kv_heads) as usize);
@@ -59,7 +59,8 @@ pub fn attention(
             first_head += heads_per_piece;
         }
     }
-    let run = |mut piece: Piece<'_>| threads.with_scratch(|s| attend(threads.kernels(), &mut piece, &mut s.attention, a, layer, kv, q));
+    let run =
+        |mut piece: Piece<'_>| threads.with_scratch(|s| attend(threads.kernels(), &mut piece, &mut s.attention, a, layer, kv, q));
     // A few short rows are faster on this thread than handed out.
     if q.nrows() * (kv.len() + q.nrows()) * a.num_heads as usize <= 1024 {
         pieces.into_iter().for_each(run);

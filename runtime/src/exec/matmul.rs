@@ -105,7 +105,13 @@ fn compute(threads: &Threads, mut p: Piece<'_>) {
 }
 
 /// Prepares `x` for matrices of `format`, rows in parallel when there are enough.
-pub fn prepare(threads: &Threads, format: QuantFormat, x: &[f32] /* [tokens, cols] */, cols: usize, out: &mut ActivationBuf) {
+pub fn prepare(
+    threads: &Threads,
+    format: QuantFormat,
+    x: &[f32], /* [tokens, cols] */
+    cols: usize,
+    out: &mut ActivationBuf,
+) {
     prepare_rows(threads, format, x.len() / cols, cols, out, |row, kernels, to| {
         let from = &x[row * cols..(row + 1) * cols];
         kernels.quantize_activation_row(crate::quant::activation_format(format), from, to);
@@ -127,6 +133,8 @@ pub fn prepare_rows(
         rows.for_each(|(i, row)| fill(i, threads.kernels(), row));
     } else {
         let rows: Vec<(usize, &mut [u8])> = rows.collect();
-        rows.into_par_iter().with_min_len((SERIAL_ELEMENTS / 4 / cols).max(1)).for_each(|(i, row)| fill(i, threads.kernels(), row));
+        rows.into_par_iter()
+            .with_min_len((SERIAL_ELEMENTS / 4 / cols).max(1))
+            .for_each(|(i, row)| fill(i, threads.kernels(), row));
     }
 }

@@ -266,11 +266,7 @@ impl Session {
         }
         let needed = self.len() + tokens.len();
         if needed > self.context() {
-            return Err(RuntimeError::ContextTooSmall {
-                needed,
-                context: self.context(),
-                trained: spec.context_length as usize,
-            });
+            return Err(RuntimeError::ContextTooSmall { needed, context: self.context(), trained: spec.context_length as usize });
         }
         Ok(())
     }
@@ -297,7 +293,9 @@ fn check_plan(model: &Model, plan: &CheckedPlan) -> Result<()> {
             match tier.kind {
                 MemoryKind::Dram => {}
                 MemoryKind::Disk if plan.slots(layer) > 0 => {}
-                MemoryKind::Disk => return bad(format!("layer {layer} with experts on disk and no slot"), "at least one slot".to_string()),
+                MemoryKind::Disk => {
+                    return bad(format!("layer {layer} with experts on disk and no slot"), "at least one slot".to_string());
+                }
                 MemoryKind::Vram | MemoryKind::Cxl => {
                     return bad(
                         format!("layer {layer} expert {expert} in {}", tier.memory),
