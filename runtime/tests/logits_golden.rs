@@ -78,8 +78,8 @@ fn executor_agrees_with_its_oracle() {
             let difference = max_difference(logits.as_slice().expect("row-major"), &expected);
             println!("{family} {file}: max |difference| to the oracle {difference:.2e}");
             assert!(difference < 2e-4, "{family} {file}: {difference}");
-            let experts = |r: &Vec<Vec<(u32, f64)>>| r.iter().map(|t| t.iter().map(|(e, _)| *e).collect()).collect();
-            let expected: Vec<Vec<Vec<u32>>> = oracle.routing.iter().map(|(_, r)| experts(r)).collect();
+            let experts = |t: &Vec<(u32, f64)>| t.iter().map(|(e, _)| *e).collect();
+            let expected: Vec<Vec<Vec<u32>>> = oracle.routing.iter().map(|l| l.tokens.iter().map(experts).collect()).collect();
             assert_eq!(captured_experts(&s.take_routing(), expected.len()), expected, "{family} {file}");
         }
     }

@@ -165,7 +165,7 @@ impl Executor {
                     let [q, k, v, attended] = self.buffers.get_many_mut([Slot::Q, Slot::K, Slot::V, Slot::Attended]);
                     self.kv.append(self.threads.kernels(), layer, k.as_slice(), v.as_slice());
                     attended.reshape(q.rows(), q.width());
-                    attention(&self.threads, a, layer, &self.kv, q.view(), attended.view_mut());
+                    attention(&self.threads, a, layer, &self.kv, &q.view(), attended.view_mut());
                     self.attended.invalidate();
                 }
                 OpKind::AddDelta => {

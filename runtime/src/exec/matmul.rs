@@ -96,9 +96,14 @@ fn compute(threads: &Threads, mut p: Piece<'_>) {
     threads.with_scratch(|s| {
         s.matmul.out.resize(rows * n, 0.0);
         kernels.matmul_rows(format, bytes, p.weight.cols, p.input, p.tokens, &mut s.matmul.out);
-        for (t, mut row) in p.out.rows_mut().into_iter().enumerate() {
-            for (r, x) in row.iter_mut().enumerate() {
-                *x = s.matmul.out[r * n + t] + p.bias.map_or(0.0, |b| b[r]);
+        // In bands of one cache line of results per token, so that what is read stays in the nearest cache.
+        for start in (0..rows).step_by(ROW_STEP) {
+            let end = rows.min(start + ROW_STEP);
+            for (t, mut row) in p.out.rows_mut().into_iter().enumerate() {
+                let row = &mut row.as_slice_mut().expect("rows are contiguous")[start..end];
+                for (r, x) in (start..).zip(row) {
+                    *x = s.matmul.out[r * n + t] + p.bias.map_or(0.0, |b| b[r]);
+                }
             }
         }
     });

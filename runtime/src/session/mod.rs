@@ -104,7 +104,7 @@ impl Session {
             let buffers = (0..plan.slots(layer)).map(|_| vec![0; bytes]).collect();
             layers.push(LayerSlots { layout, buffers });
         }
-        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layers), Loader::new(reader)?, config.record);
+        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layers), Loader::new(reader.as_ref())?, config.record);
         let context = plan.context() as usize;
         let executor = Executor::new(&model, config.threads, context, plan.kv_format(), config.capture_routing)?;
         Ok(Self {
