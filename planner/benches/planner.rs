@@ -1,1 +1,73 @@
-fn main() {}
+//! How fast the planner's parts are: judge, solver, bound, whole plan, engine step, simulator.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use common::{cached_plan, machine, qwen3_30b, tiny};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use std::hint::black_box;
+use tierwise_cost::cost::Roofline;
+use tierwise_cost::units::{Bytes, Nanos};
+use tierwise_planner::engine::{Action, Demand, Engine, Input};
+use tierwise_planner::evaluate::Prices;
+use tierwise_planner::lower_bound::lower_bound;
+use tierwise_planner::price::Case;
+use tierwise_planner::sim::{Free, Trace, simulate};
+use tierwise_planner::solver::{Greedy, Solver};
+use tierwise_planner::{Limits, Problem, Request, SolverKind, make_plan};
+
+fn planning(c: &mut Criterion) {
+    let (spec, m) = (qwen3_30b("Q4_K_M"), machine("rtx3090-24g-ddr4-64g"));
+    let limits = Limits { vram: Some(Bytes(12_000_000_000)), ..Limits::default() };
+    let request = Request { limits, ..Request::default() };
+    let problem = Problem::new(&spec, &m, request).unwrap();
+    let prices = Prices::new(&problem, &Roofline::default(), Case::Expected);
+    let placement = Greedy.solve(&problem, &prices).unwrap().placement;
+    c.bench_function("evaluate", |b| b.iter(|| black_box(prices.objective(&problem, &placement))));
+    c.bench_function("greedy", |b| b.iter(|| Greedy.solve(&problem, &prices).unwrap()));
+    c.bench_function("lower bound", |b| b.iter(|| lower_bound(&problem, &prices).unwrap()));
+    c.bench_function("plan", |b| b.iter(|| make_plan(&problem, &Roofline::default(), SolverKind::Auto).unwrap()));
+}
+
+fn engine(c: &mut Criterion) {
+    let spec = tiny(48, 128, 8);
+    let plan = cached_plan(&spec, 0, 64);
+    let mut engine = Engine::new(&plan);
+    let mut step = 0_u64;
+    let mut group = c.benchmark_group("engine");
+    group.throughput(Throughput::Elements(48));
+    group.bench_function("step of 48 layers, 8 of 128 experts", |b| {
+        b.iter(|| {
+            step += 1;
+            for layer in 0..48_u32 {
+                // A walk with some reuse: neighbouring steps share most experts.
+                let first = ((step / 3 + u64::from(layer) * 7) % 100) as u32;
+                let experts = (0..8).map(|i| (first + 3 * i, 1)).collect();
+                engine.handle(Nanos(step), Input::Routed(Demand { step, layer, experts }));
+                while let Some(action) = engine.poll(Nanos(step)) {
+                    let input = match action {
+                        Action::Load { key, slot, .. } => Input::Loaded { key, slot },
+                        Action::Compute { layer, wave, .. } => Input::Computed { layer, wave },
+                        _ => continue,
+                    };
+                    engine.handle(Nanos(step), input);
+                }
+            }
+        });
+    });
+    group.finish();
+}
+
+fn simulator(c: &mut Criterion) {
+    let ids = include_bytes!("../tests/data/gptoss20b_11seq.ids.u8");
+    let trace = Trace::new(ids, 24, 4).unwrap();
+    let spec = tiny(24, 32, 4);
+    let plan = cached_plan(&spec, 0, 8);
+    let mut group = c.benchmark_group("simulator");
+    group.sample_size(20).throughput(Throughput::Elements((trace.num_tokens() * 24) as u64));
+    group.bench_function("demands", |b| b.iter(|| simulate(&plan, &Free, &trace, false)));
+    group.finish();
+}
+
+criterion_group!(benches, planning, engine, simulator);
+criterion_main!(benches);

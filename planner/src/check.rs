@@ -37,6 +37,7 @@ pub struct CheckedPlan {
     executor_of_tier: Vec<ExecutorId>,
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "numbers and texts alike")]
 fn bad<T>(field: impl Into<String>, found: impl ToString, expected: impl Into<String>) -> Result<T, PlanError> {
     Err(PlanError::BadPlan { field: field.into(), found: found.to_string(), expected: expected.into() })
 }
@@ -124,9 +125,9 @@ fn check_tiers(plan: &Plan, machine: Option<&Machine>) -> Result<(), PlanError> 
             return bad(field("executor"), format!("{} for {place}", p.id), "a processor that computes from that memory");
         }
         if let Some(through) = &t.through
-            && machine.route(&t.memory, through).is_none()
+            && machine.link(&t.memory, through).is_none()
         {
-            return bad(field("through"), through, format!("a memory to which links lead from {}", t.memory));
+            return bad(field("through"), through, format!("a memory to which a link leads from {}", t.memory));
         }
     }
     if let Some(machine) = machine {

@@ -1,9 +1,9 @@
 //! The judge: what a placement costs and whether it fits. Independent of every solver.
 //!
-//! Decode step = other + sum over MoE layers of [fixed + max(GPU branch, CPU branch, link branch)]; a processor's branch is the
+//! Decode step = other + sum over MoE layers of [fixed + E max(GPU branch, CPU branch, link branch)]; a processor's branch is the
 //! time of its active experts plus one round trip if it is not the main one and any of its experts is active (algorithms §1).
-//! Loads are means over steps. The expectation of a maximum is at least the maximum of expectations, so predictions are slightly
-//! optimistic and the lower bound holds for both.
+//! Branches are idle or take their mean time given that they are used ([`Branches::expected_max`]): that is at least the maximum of
+//! the means, which is what the lower bound uses.
 
 use crate::error::PlanError;
 use crate::price::{Case, Copies, LayerPrice, Phase, PriceTable};
@@ -46,11 +46,11 @@ impl Loads {
     pub fn new(price: &LayerPrice, placement: &LayerPlacement) -> Self {
         let n = price.tiers.len();
         let mut loads = Self { count: vec![0; n], mass: vec![0.0; n], copied: vec![0.0; n], idle: vec![0.0; n] };
-        for (tier, p) in placement.tier_of.iter().zip(&price.active) {
+        for ((tier, p), ln_idle) in placement.tier_of.iter().zip(&price.active).zip(&price.ln_idle) {
             let t = usize::from(*tier);
             loads.count[t] += 1;
             loads.mass[t] += p;
-            loads.idle[t] += (1.0 - p.min(1.0 - 1e-12)).ln();
+            loads.idle[t] += ln_idle;
         }
         let cached = (0..n).filter(|t| price.tiers[*t].copies == Copies::Misses).map(|t| loads.count[t]).sum();
         let miss_rate = price.misses.miss_rate(placement.slots, cached);
@@ -65,46 +65,74 @@ impl Loads {
     }
 }
 
+/// Time of one layer's routed experts on one resource.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Branch {
+    /// Expected seconds.
+    pub seconds: f64,
+    /// Probability that the resource is used at all in a step.
+    pub used: f64,
+}
+
 /// Time of one layer's routed experts, per resource.
 #[derive(Debug, Clone, Default)]
 pub struct Branches {
-    /// Seconds per processor.
-    pub processors: Vec<f64>,
-    /// Seconds per link.
-    pub links: Vec<f64>,
+    /// Per processor of the machine.
+    pub processors: Vec<Branch>,
+    /// Per link of the price table.
+    pub links: Vec<Branch>,
 }
 
 impl Branches {
     /// Branches of one layer.
     pub fn new(price: &LayerPrice, loads: &Loads, num_links: usize) -> Self {
-        let mut b = Self { processors: vec![0.0; price.sync_s.len()], links: vec![0.0; num_links] };
+        let mut b = Self { processors: vec![Branch::default(); price.sync_s.len()], links: vec![Branch::default(); num_links] };
         let mut idle = vec![0.0; price.sync_s.len()];
+        let mut copied = vec![0.0; num_links];
         for (t, tier) in price.tiers.iter().enumerate() {
             if loads.count[t] == 0 {
                 continue;
             }
-            b.processors[tier.processor] += loads.mass[t] * tier.expert_s;
+            b.processors[tier.processor].seconds += loads.mass[t] * tier.expert_s;
             idle[tier.processor] += loads.idle[t];
             if tier.copies != Copies::Never {
-                b.links[tier.link] += loads.copied[t] * tier.copy_s;
+                b.links[tier.link].seconds += loads.copied[t] * tier.copy_s;
+                copied[tier.link] += loads.copied[t];
             }
         }
-        for (p, sync) in price.sync_s.iter().enumerate() {
-            b.processors[p] += sync * (1.0 - idle[p].exp());
+        for ((branch, sync), idle) in b.processors.iter_mut().zip(&price.sync_s).zip(idle) {
+            branch.used = 1.0 - f64::exp(idle);
+            branch.seconds += sync * branch.used;
+        }
+        for (branch, copied) in b.links.iter_mut().zip(copied) {
+            // Copies come one by one and independently: Poisson.
+            branch.used = 1.0 - f64::exp(-copied);
         }
         b
     }
 
-    /// The slowest branch.
-    pub fn max(&self) -> f64 {
-        self.processors.iter().chain(&self.links).copied().fold(0.0, f64::max)
+    /// All branches.
+    pub fn iter(&self) -> impl Iterator<Item = &Branch> {
+        self.processors.iter().chain(&self.links)
+    }
+
+    /// Expected time of the slowest branch, each branch being idle or taking its mean time given that it is used. Rarely used slow
+    /// branches cost what they cost when they are used: the maximum of the means would hide them. The most used come first, so that
+    /// what is nearly always there is the base on which the others are added.
+    pub fn expected_max(&self) -> f64 {
+        let mut used: Vec<&Branch> = self.iter().filter(|b| b.used > 0.0).collect();
+        used.sort_by(|a, b| b.used.total_cmp(&a.used));
+        used.into_iter().fold(0.0, |slowest, b| {
+            let when_used = b.seconds / b.used;
+            (1.0 - b.used) * slowest + b.used * f64::max(slowest, when_used)
+        })
     }
 }
 
 /// Seconds of one MoE layer.
 pub fn layer_seconds(table: &PriceTable, index: usize, placement: &LayerPlacement) -> f64 {
     let price = table.layer(index);
-    price.fixed_s + Branches::new(price, &Loads::new(price, placement), table.links.len()).max()
+    price.fixed_s + Branches::new(price, &Loads::new(price, placement), table.links.len()).expected_max()
 }
 
 /// Seconds of one step.

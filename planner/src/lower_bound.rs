@@ -2,6 +2,7 @@
 //!
 //! Layers with equal prices form a class; variables are how many experts of a class (and popularity bucket) are in each tier, and
 //! how many slots each class has. Every feasible placement gives a feasible point whose value is at most its objective:
+//! * a layer's expected maximum is at least the maximum of its branches' means;
 //! * sums over the layers of a class: the maximum of sums is at most the sum of maxima;
 //! * whole experts become fractions; in a bucket every expert counts with the least activity of the bucket;
 //! * a round trip is paid with probability 1 - exp(-A), A the sum of -ln(1 - p) over the processor's experts: concave, so at least
@@ -62,11 +63,6 @@ fn classes(problem: &Problem<'_>, form: &Weights<'_>) -> Vec<Class> {
         }
     }
     classes
-}
-
-/// -ln(1 - p), finite: the same cut as in [`crate::evaluate::Loads`].
-fn busyness(p: f64) -> f64 {
-    -(1.0 - p.min(1.0 - 1e-12)).ln()
 }
 
 /// Experts of a bucket, least active last.
@@ -164,13 +160,13 @@ fn branches(
     let links = price.tiers.iter().map(|t| t.link + 1).max().unwrap_or(0);
     let mut processors = vec![Expression::from(0.0); price.sync_s.len()];
     let mut copies = vec![Expression::from(0.0); links];
-    let all_busy: f64 = price.active.iter().map(|p| busyness(*p)).sum();
+    let all_busy: f64 = -price.ln_idle.iter().sum::<f64>();
     let chord = if all_busy > 0.0 { (1.0 - (-all_busy).exp()) / all_busy } else { 0.0 };
     let least_active = price.active.iter().copied().fold(f64::INFINITY, f64::min);
     for (t, tier) in price.tiers.iter().enumerate() {
         for (bucket, row) in buckets.iter().zip(counts) {
             let p = price.active[bucket.least];
-            let sync = price.sync_s[tier.processor] * chord * busyness(p);
+            let sync = price.sync_s[tier.processor] * chord * -price.ln_idle[bucket.least];
             processors[tier.processor].add_mul((p * tier.expert_s + sync) * MICRO, row[t]);
             if tier.copies == Copies::Always {
                 copies[tier.link].add_mul(p * tier.copy_s * MICRO, row[t]);

@@ -39,9 +39,9 @@ pub fn plan_from_placement(problem: &Problem<'_>, cost: &dyn CostModel, placemen
 fn plan_from(problem: &Problem<'_>, cost: &dyn CostModel, prices: &Prices, solution: &Solution) -> Result<Plan, PlanError> {
     let placement = &solution.placement;
     let usage = usage(problem, placement)?;
-    let objective_s = prices.objective(problem, placement);
+    let objective_s = rounded(prices.objective(problem, placement));
     // Equal up to the LP's tolerance when the placement is optimal: the bound is never above.
-    let lower_bound_s = lower_bound(problem, prices)?.min(objective_s);
+    let lower_bound_s = rounded(lower_bound(problem, prices)?).min(objective_s);
     let cases = [prices, &Prices::new(problem, cost, Case::Fast), &Prices::new(problem, cost, Case::Slow)];
     Ok(Plan {
         tierwise_plan: PLAN_VERSION,
@@ -60,12 +60,17 @@ fn plan_from(problem: &Problem<'_>, cost: &dyn CostModel, prices: &Prices, solut
         predicted: predict(problem, placement, cases),
         objective_s,
         lower_bound_s,
-        gap: if objective_s > 0.0 { (objective_s - lower_bound_s) / objective_s } else { 0.0 },
+        gap: if objective_s > 0.0 { rounded((objective_s - lower_bound_s) / objective_s) } else { 0.0 },
         bound_method: METHOD.into(),
         solver: solution.solver.into(),
         solver_reason: solution.reason.clone(),
         provenance: provenance(problem, cost, &usage),
     })
+}
+
+/// To nine significant digits: files read back exactly whatever the parser, and nothing is predicted more precisely.
+fn rounded(x: f64) -> f64 {
+    format!("{x:.8e}").parse().unwrap_or(x)
 }
 
 fn plan_layers(problem: &Problem<'_>, placement: &Placement) -> Vec<PlanLayer> {
@@ -109,9 +114,9 @@ fn budgets(problem: &Problem<'_>, usage: &Usage) -> Result<Vec<MemoryBudget>, Pl
 fn predict(problem: &Problem<'_>, placement: &Placement, cases: [&Prices; 3]) -> Predicted {
     let steps = cases.map(|c| step_seconds(&c.decode, placement));
     let prompts = cases.map(|c| c.prompt_seconds(problem, placement));
-    let per_second =
-        |amount: f64, [value, fast, slow]: [f64; 3]| Interval { value: amount / value, low: amount / slow, high: amount / fast };
-    let seconds = |[value, low, high]: [f64; 3]| Interval { value, low, high };
+    let interval = |value, low, high| Interval { value: rounded(value), low: rounded(low), high: rounded(high) };
+    let per_second = |amount: f64, [value, fast, slow]: [f64; 3]| interval(amount / value, amount / slow, amount / fast);
+    let seconds = |[value, low, high]: [f64; 3]| interval(value, low, high);
     let expected = &cases[0].decode;
     let (binding, binding_share) = binding(problem, expected, placement);
     let hit_rates = cases.map(|c| hit_rate(&c.decode, placement));
@@ -122,12 +127,12 @@ fn predict(problem: &Problem<'_>, placement: &Placement, cases: [&Prices; 3]) ->
         decode_step_s: seconds(steps),
         prefill_strategy: if prompts[0].1 { "streamed" } else { "in_place" }.into(),
         hit_rate: match hit_rates {
-            [Some(value), Some(high), Some(low)] => Some(Interval { value, low, high }),
+            [Some(value), Some(high), Some(low)] => Some(interval(value, low, high)),
             _ => None,
         },
         bytes_per_token: bytes_per_token(problem, expected, placement),
         binding,
-        binding_share,
+        binding_share: rounded(binding_share),
     }
 }
 
@@ -155,7 +160,7 @@ fn binding(problem: &Problem<'_>, table: &PriceTable, placement: &Placement) -> 
         let price = table.layer(i);
         let b = Branches::new(price, &Loads::new(price, layer), table.links.len());
         waits[0] += price.fixed_s;
-        let slowest = b.processors.iter().chain(&b.links).enumerate().max_by(|x, y| x.1.total_cmp(y.1));
+        let slowest = b.iter().map(|b| b.seconds).enumerate().max_by(|x, y| x.1.total_cmp(&y.1));
         if let Some((r, s)) = slowest {
             waits[1 + r] += s;
         }

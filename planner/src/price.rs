@@ -89,6 +89,8 @@ pub struct LayerPrice {
     pub tiers: Vec<TierPrice>,
     /// Probability that an expert is active in a step. `[num_experts]`
     pub active: Vec<f64>,
+    /// ln(1 - active), kept finite: sums of it are the log-probability that none of a set is active. `[num_experts]`
+    pub ln_idle: Vec<f64>,
     /// Miss rate of cache slots.
     pub misses: MissCurve,
 }
@@ -162,6 +164,7 @@ impl PriceTable {
                     .map(|p| if p.id == main.id { 0.0 } else { case.of(cost.sync(p)) })
                     .collect(),
                 tiers: tier_prices(problem, cost, phase, case, work, layer.expert_bytes, &mut links)?,
+                ln_idle: active.iter().map(|p| (1.0 - p.min(1.0 - 1e-12)).ln()).collect(),
                 active,
                 misses: MissCurve::new(case.curve(), recency),
             };
@@ -217,7 +220,10 @@ fn tier_prices(
         let (link, copy_s) = match route {
             None => (0, 0.0),
             Some(route) => {
-                let name = format!("{}->{}", route.from, route.to);
+                // A route of two hops keeps its last link busy for as long as the slower hop takes.
+                let last = problem.machine.links.iter().find(|l| l.to == route.to);
+                let direct = problem.machine.link(&route.from, &route.to).or(last);
+                let name = direct.map_or_else(String::new, |l| format!("{}->{}", l.from, l.to));
                 let index = links.iter().position(|l| *l == name).unwrap_or_else(|| {
                     links.push(name);
                     links.len() - 1

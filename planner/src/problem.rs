@@ -74,7 +74,8 @@ impl<'a> Problem<'a> {
             }
             room = room_of(&capacity, &fixed);
         }
-        let tiers = tiers(machine, &main, &room);
+        let mut tiers = tiers(machine, &main, &capacity);
+        drop_needless_disk(machine, &layers, &room, total, &mut tiers);
         let problem = Self { spec, machine, request, main, tiers, layers, capacity, fixed, room };
         problem.check_total(total)?;
         Ok(problem)
@@ -320,9 +321,9 @@ fn tier(machine: &Machine, memory: &Memory, p: &Processor, through: Option<&str>
 }
 
 /// Direct tiers first, then those through cache slots beside the main processor or the first CPU.
-fn tiers(machine: &Machine, main: &Main, room: &[Bytes]) -> Vec<Tier> {
+fn tiers(machine: &Machine, main: &Main, capacity: &[Bytes]) -> Vec<Tier> {
     let mut tiers = Vec::new();
-    let usable = |m: &Memory| room[index_of(machine, &m.id)].0 > 0;
+    let usable = |m: &Memory| capacity[index_of(machine, &m.id)].0 > 0;
     for m in machine.memories.iter().filter(|m| m.kind != MemoryKind::Disk && usable(m)) {
         let at_home = |p: &&Processor| p.computes_from.first() == Some(&m.id);
         let reads = |p: &&Processor| p.computes_from.contains(&m.id);
@@ -343,10 +344,21 @@ fn tiers(machine: &Machine, main: &Main, room: &[Bytes]) -> Vec<Tier> {
             continue;
         }
         for m in machine.memories.iter().filter(|m| m.id != home.id && m.kind != MemoryKind::Vram && usable(m)) {
-            if machine.route(&m.id, &home.id).is_some() && !(p.kind == ProcessorKind::Cpu && p.computes_from.contains(&m.id)) {
+            if machine.link(&m.id, &home.id).is_some() && !(p.kind == ProcessorKind::Cpu && p.computes_from.contains(&m.id)) {
                 tiers.push(tier(machine, m, p, Some(&home.id)));
             }
         }
     }
     tiers
+}
+
+/// Nothing is read from disk at run time when memory holds everything, whole experts and all.
+fn drop_needless_disk(machine: &Machine, layers: &[MoeLayer], room: &[Bytes], total: u64, tiers: &mut Vec<Tier>) {
+    let largest = layers.iter().map(|l| l.expert_bytes.0).max().unwrap_or(0);
+    let held: u64 =
+        tiers.iter().filter(|t| t.through.is_none()).map(|t| room[index_of(machine, &t.memory)].0.saturating_sub(largest)).sum();
+    let exactly_one = tiers.iter().any(|t| t.through.is_none() && room[index_of(machine, &t.memory)].0 >= total);
+    if held >= total || exactly_one {
+        tiers.retain(|t| t.kind != MemoryKind::Disk);
+    }
 }

@@ -4,6 +4,7 @@
 //! of how many have moved is not convex - a round trip is only saved by the last one - so the steps of its lower convex hull are
 //! taken, steepest first over all layers; the last step is cut to what fits.
 
+use super::polish::alike;
 use crate::evaluate::{LayerPlacement, Placement, Weights, layer_seconds};
 use crate::problem::Problem;
 
@@ -86,7 +87,7 @@ pub(super) fn share_slots(problem: &Problem<'_>, placement: &mut Placement, star
     loop {
         let open: Vec<usize> = (0..caches.len()).filter(|i| placement.layers[*i].slots < caches[*i]).collect();
         let each: u64 = open.iter().map(|i| problem.layers[*i].expert_bytes.0).sum();
-        let rounds = if each == 0 { 0 } else { left / each };
+        let rounds = left.checked_div(each).unwrap_or(0);
         if rounds == 0 {
             // Less than one for everybody: one each, from the first layer, while they last.
             for i in open {
@@ -141,10 +142,15 @@ fn move_by_gain(
 ) -> u64 {
     let before = *room;
     let mut steps: Vec<Step> = Vec::new();
+    let mut times: Vec<f64> = Vec::new();
     for (i, layer) in placement.layers.iter().enumerate() {
-        let movable = movable(problem, placement, i, from);
-        let times: Vec<f64> =
-            (0..=movable.len()).map(|n| seconds(weights, i, &with_moved(layer, &movable, n, from, to))).collect();
+        // Neighbours that are alike have the same times.
+        let same = i > 0 && *layer == placement.layers[i - 1] && alike(problem, weights, i - 1, i);
+        if !same {
+            let movable = movable(problem, placement, i, from);
+            let moved = |n| seconds(weights, i, &with_moved(layer, &movable, n, from, to));
+            times = (0..=movable.len()).map(moved).collect();
+        }
         let bytes = problem.layers[i].expert_bytes.0 as f64;
         for (a, b) in hull(&times) {
             let saved_per_byte = (times[a] - times[b]) / ((b - a) as f64 * bytes);

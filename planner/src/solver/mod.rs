@@ -71,7 +71,7 @@ pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result
             let small = Exhaustive { max_states: 20_000.0 };
             let states = Exhaustive::states(problem);
             let (mut s, why) = if states <= small.max_states {
-                (small.solve(problem, prices)?, format!("auto: only {states} placements, all were tried"))
+                (small.solve(problem, prices)?, format!("auto: {states} placement(s), all tried"))
             } else {
                 (Greedy.solve(problem, prices)?, "auto: too many placements to try all".to_string())
             };

@@ -15,18 +15,71 @@ pub(super) fn polish(problem: &Problem<'_>, weights: &Weights<'_>, placement: &m
     let Ok(usage) = crate::evaluate::usage(problem, placement) else { return };
     let mut free: Vec<u64> =
         (0..problem.room.len()).map(|m| problem.room[m].0 - usage.resident[m].0 - usage.slots[m].0).collect();
+    // What became of a layer: layers that are alike often start alike.
+    let mut known: Vec<(usize, LayerPlacement, LayerPlacement)> = Vec::new();
     for _ in 0..MAX_ROUNDS {
         let mut saved = false;
         for i in 0..placement.layers.len() {
+            let twin = known.iter().find(|(j, before, _)| alike(problem, weights, *j, i) && *before == placement.layers[i]);
+            if let Some((_, before, after)) = twin
+                && exchange(problem, i, before, after, &mut free)
+            {
+                saved |= before != after;
+                placement.layers[i] = after.clone();
+                continue;
+            }
+            let before = placement.layers[i].clone();
             while let Some(better) = best_move(problem, weights, &placement.layers[i], i, &mut free) {
                 placement.layers[i] = better;
                 saved = true;
+            }
+            if twin.is_none() {
+                known.push((i, before, placement.layers[i].clone()));
             }
         }
         if !saved {
             return;
         }
     }
+}
+
+/// Layers `i` and `j` have the same sizes, prices and order of popularity.
+pub(super) fn alike(problem: &Problem<'_>, weights: &Weights<'_>, i: usize, j: usize) -> bool {
+    let (a, b) = (&problem.layers[i], &problem.layers[j]);
+    weights.iter().all(|(_, t)| t.class_of[i] == t.class_of[j])
+        && a.expert_bytes == b.expert_bytes
+        && a.by_popularity == b.by_popularity
+}
+
+/// Bytes of a layer's experts and slots in each memory. `[memories]`
+fn bytes_of(problem: &Problem<'_>, i: usize, layer: &LayerPlacement) -> Vec<u64> {
+    let expert = problem.layers[i].expert_bytes.0;
+    let mut experts = vec![0_u64; problem.tiers.len()];
+    for t in &layer.tier_of {
+        experts[usize::from(*t)] += 1;
+    }
+    let mut bytes = vec![0; problem.room.len()];
+    let mut slots = None;
+    for (tier, n) in problem.tiers.iter().zip(experts).filter(|(_, n)| *n > 0) {
+        bytes[problem.memory_index(&tier.memory)] += expert * n;
+        slots = slots.or(tier.through.as_deref());
+    }
+    if let Some(memory) = slots {
+        bytes[problem.memory_index(memory)] += expert * u64::from(layer.slots);
+    }
+    bytes
+}
+
+/// Takes the bytes of the change of layer `i` from `free`, if they are there.
+fn exchange(problem: &Problem<'_>, i: usize, before: &LayerPlacement, after: &LayerPlacement, free: &mut [u64]) -> bool {
+    let (old, new) = (bytes_of(problem, i, before), bytes_of(problem, i, after));
+    let fits = (0..free.len()).all(|m| new[m] <= free[m] + old[m]);
+    if fits {
+        for m in 0..free.len() {
+            free[m] = free[m] + old[m] - new[m];
+        }
+    }
+    fits
 }
 
 /// The first move that makes layer `i` faster by more than rounding; takes its bytes from `free`.

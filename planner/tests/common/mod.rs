@@ -5,8 +5,9 @@ use tierwise_cost::cost::Roofline;
 use tierwise_cost::machine::Machine;
 use tierwise_cost::model::{Geometry, ModelSpec};
 use tierwise_cost::recipe::Recipe;
+use tierwise_cost::units::Bytes;
 use tierwise_planner::evaluate::{LayerPlacement, Placement};
-use tierwise_planner::{CheckedPlan, Problem, Request, plan_from_placement};
+use tierwise_planner::{CheckedPlan, Limits, Problem, Request, plan_from_placement};
 
 /// A file of the repository's configs.
 pub fn config(path: &str) -> String {
@@ -107,10 +108,16 @@ pub fn small_machine(vram: u64, dram: u64, disk: u64) -> Machine {
     Machine::from_toml(&text).unwrap()
 }
 
-/// A plan on a machine without GPU: in every layer the first `resident` experts in DRAM, the others on disk with `slots` slots.
+/// A plan on a machine without GPU, `resident + slots` below the number of experts: in every layer the first `resident` experts in DRAM, the others on disk with `slots` slots.
 pub fn cached_plan(spec: &ModelSpec, resident: u32, slots: u32) -> CheckedPlan {
     let machine = small_machine(0, 64 << 30, 1 << 40);
-    let problem = Problem::new(spec, &machine, Request { context: 512, prompt_tokens: 128, ..Request::default() }).unwrap();
+    let request = Request { context: 512, prompt_tokens: 128, ..Request::default() };
+    // Just the room that this takes, for otherwise nothing would be read from disk.
+    let all = Problem::new(spec, &machine, request.clone()).unwrap();
+    let fixed: u64 = all.fixed[0].iter().filter(|(name, _)| *name != "reserve").map(|(_, b)| b.0).sum();
+    let experts: u64 = all.layers.iter().map(|l| l.expert_bytes.0 * u64::from(resident + slots)).sum();
+    let limits = Limits { ram: Some(Bytes(fixed + experts)), ..Limits::default() };
+    let problem = Problem::new(spec, &machine, Request { limits, ..request }).unwrap();
     let direct = problem.tiers.iter().position(|t| t.through.is_none()).unwrap() as u8;
     let cached = problem.tiers.iter().position(|t| t.through.is_some()).unwrap() as u8;
     let layers = problem
