@@ -49,7 +49,12 @@ fn threads_do_not_change_logits() {
         let tokens = tokens(&model, 70);
         let one = logits(&model, PlanOptions { threads: 1, ..F16_KV }, &tokens);
         for threads in [2, 4] {
-            assert_eq!(logits(&model, PlanOptions { threads, ..F16_KV }, &tokens), one, "{} threads {threads}", model.spec().name);
+            assert_eq!(
+                logits(&model, PlanOptions { threads, ..F16_KV }, &tokens),
+                one,
+                "{} threads {threads}",
+                model.spec().name
+            );
         }
     }
 }

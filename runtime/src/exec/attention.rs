@@ -40,7 +40,7 @@ pub fn attention(
     a: &Gqa,
     layer: usize,
     kv: &KvCache,
-    q: ArrayView2<'_, f32>,           // [tokens, num_heads * head_dim]
+    q: &ArrayView2<'_, f32>,         // [tokens, num_heads * head_dim]
     mut out: ArrayViewMut2<'_, f32>, // [tokens, num_heads * head_dim]
 ) {
     let (head_dim, group) = (a.head_dim as usize, (a.num_heads / a.num_kv_heads) as usize);
@@ -59,7 +59,8 @@ pub fn attention(
             first_head += heads_per_piece;
         }
     }
-    let run = |mut piece: Piece<'_>| threads.with_scratch(|s| attend(threads.kernels(), &mut piece, &mut s.attention, a, layer, kv, q));
+    let run =
+        |mut piece: Piece<'_>| threads.with_scratch(|s| attend(threads.kernels(), &mut piece, &mut s.attention, a, layer, kv, q));
     // A few short rows are faster on this thread than handed out.
     if q.nrows() * (kv.len() + q.nrows()) * a.num_heads as usize <= 1024 {
         pieces.into_iter().for_each(run);
@@ -75,7 +76,7 @@ fn attend(
     a: &Gqa,
     layer: usize,
     kv: &KvCache,
-    q: ArrayView2<'_, f32>,
+    q: &ArrayView2<'_, f32>,
 ) {
     let (head_dim, group) = (a.head_dim as usize, (a.num_heads / a.num_kv_heads) as usize);
     let (tokens, heads) = (piece.out.nrows(), piece.out.ncols() / head_dim);
@@ -108,7 +109,7 @@ fn attend(
                 continue;
             }
             let column = (piece.first_head + h) * head_dim;
-            let query = q.index_axis_move(Axis(0), piece.first_token + t).to_slice().expect("activations are row-major");
+            let query = q.row(piece.first_token + t).to_slice().expect("activations are row-major");
             let scores = &mut scores[row * BLOCK..row * BLOCK + to - from];
             kv.keys(layer, kv_head, from, to).scores(kernels, &query[column..column + head_dim], scale, scores);
             let (old_max, sum) = running[row];
@@ -145,4 +146,72 @@ fn attend(
 fn out_row<'a>(out: &'a mut ArrayViewMut2<'_, f32>, t: usize, h: usize, head_dim: usize) -> &'a mut [f32] {
     let row = out.index_axis_mut(Axis(0), t).into_slice().expect("activations are row-major");
     &mut row[h * head_dim..(h + 1) * head_dim]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exec::reference;
+    use ndarray::{Array2, s};
+    use tierwise_cost::model::{Attention, Geometry, ModelSpec};
+    use tierwise_cost::quant::QuantFormat;
+    use tierwise_cost::recipe::Recipe;
+
+    fn spec(num_heads: u32, num_kv_heads: u32, window: Option<u32>) -> ModelSpec {
+        let window = window.map_or(String::new(), |w| format!(", sliding_window = {w}"));
+        let rope = "{ theta = 1e4, rotary_dim = 12 }";
+        let text = format!(
+            r#"
+            name = "attention"
+            architecture = "qwen3moe"
+            hidden_size = 32
+            vocab_size = 8
+            context_length = 512
+            source = "test"
+            [[block]]
+            repeat = 1
+            attention = {{ kind = "gqa", num_heads = {num_heads}, num_kv_heads = {num_kv_heads}, head_dim = 12, rope = {rope}{window} }}
+            ffn = {{ kind = "dense", inner_size = 32 }}
+            "#
+        );
+        let geometry = Geometry::from_toml(&text).expect("a geometry");
+        ModelSpec::with_recipe(geometry, &Recipe::by_name("F32").expect("a recipe")).expect("a model")
+    }
+
+    /// Deterministic values between -2 and 2.
+    fn values(rows: usize, cols: usize, seed: u32) -> Array2<f32> {
+        Array2::from_shape_fn((rows, cols), |(i, j)| {
+            let x = (i as u32).wrapping_mul(2_654_435_761) ^ (j as u32).wrapping_mul(40_503) ^ seed.wrapping_mul(97);
+            (x.wrapping_mul(2_246_822_519) >> 16) as f32 / 16384.0 - 2.0
+        })
+    }
+
+    #[test]
+    fn blocks_windows_and_groups_agree_with_the_plain_formula() {
+        let threads = Threads::new(2).expect("threads");
+        for (heads, kv_heads) in [(4, 4), (6, 2), (8, 1)] {
+            for window in [None, Some(1), Some(5), Some(64), Some(100)] {
+                let spec = spec(heads, kv_heads, window);
+                let Attention::Gqa(a) = &spec.layers[0].attention else { panic!("not GQA") };
+                let tokens = 150;
+                let q = values(tokens, heads as usize * 12, 1);
+                let (k, v) = (values(tokens, kv_heads as usize * 12, 2), values(tokens, kv_heads as usize * 12, 3));
+                let wide = |x: &Array2<f32>| x.mapv(f64::from);
+                let expected = reference::attention(a, &wide(&q), &wide(&k), &wide(&v));
+                for (format, tolerance) in [(QuantFormat::F32, 1e-5), (QuantFormat::F16, 4e-3)] {
+                    let mut kv = KvCache::new(&spec, tokens, format).expect("a cache");
+                    let mut got = Array2::zeros(q.dim());
+                    for (start, end) in [(0, 1), (1, 70), (70, 71), (71, 150)] {
+                        let rows = s![start..end, ..];
+                        let slice = |x: &Array2<f32>| x.slice(rows).to_slice().expect("row-major").to_vec();
+                        kv.append(threads.kernels(), 0, &slice(&k), &slice(&v));
+                        attention(&threads, a, 0, &kv, &q.slice(rows), got.slice_mut(rows));
+                        kv.advance(end - start);
+                    }
+                    let worst = got.iter().zip(&expected).map(|(x, y)| (f64::from(*x) - y).abs()).fold(0.0, f64::max);
+                    assert!(worst < tolerance, "{heads} heads over {kv_heads}, window {window:?}, {format}: {worst}");
+                }
+            }
+        }
+    }
 }

@@ -94,11 +94,11 @@ impl Driver {
                     .collect();
                 compute(&bytes);
                 // What arrived meanwhile is told first, so that the next wave takes all of it.
-                while let Some(done) = self.loader.try_next() {
+                while let Some(done) = self.loader.try_wait() {
                     self.arrived(done);
                 }
                 self.input(Input::Computed { layer: of, wave });
-            } else if let Some(done) = self.loader.next() {
+            } else if let Some(done) = self.loader.wait() {
                 self.arrived(done);
             } else {
                 self.stopped = Some("the engine waits for nothing: an error in Tierwise".to_string());

@@ -106,7 +106,14 @@ impl Executor {
     ///
     /// # Errors
     /// When the model cannot be run or an expert cannot be read.
-    pub fn step(&mut self, model: &Model, driver: &mut Driver, tokens: &[u32], wanted: usize, sink: LogitsSink<'_>) -> Result<()> {
+    pub fn step(
+        &mut self,
+        model: &Model,
+        driver: &mut Driver,
+        tokens: &[u32],
+        wanted: usize,
+        sink: LogitsSink<'_>,
+    ) -> Result<()> {
         // The last layer's routing is captured for all tokens, so none may be dropped before it.
         let select = wanted < tokens.len() && self.captured.is_none();
         let ops = match &self.ops[usize::from(select)] {
@@ -158,7 +165,7 @@ impl Executor {
                     let [q, k, v, attended] = self.buffers.get_many_mut([Slot::Q, Slot::K, Slot::V, Slot::Attended]);
                     self.kv.append(self.threads.kernels(), layer, k.as_slice(), v.as_slice());
                     attended.reshape(q.rows(), q.width());
-                    attention(&self.threads, a, layer, &self.kv, q.view(), attended.view_mut());
+                    attention(&self.threads, a, layer, &self.kv, &q.view(), attended.view_mut());
                     self.attended.invalidate();
                 }
                 OpKind::AddDelta => {

@@ -143,7 +143,8 @@ impl ExpertBuffers {
 
         let (gate, up, format) = (&self.gate, &self.up, self.inner.format());
         let mut wanted = wave.iter().map(|(g, _)| &self.groups[*g]).flat_map(|g| g.start..g.end).peekable();
-        let rows: Vec<(usize, &mut [u8])> = self.inner.rows_mut().enumerate().filter(|(i, _)| wanted.next_if_eq(i).is_some()).collect();
+        let rows: Vec<(usize, &mut [u8])> =
+            self.inner.rows_mut().enumerate().filter(|(i, _)| wanted.next_if_eq(i).is_some()).collect();
         let fill = |(i, row): (usize, &mut [u8])| {
             threads.with_scratch(|s| {
                 s.inner.resize(inner_size, 0.0);

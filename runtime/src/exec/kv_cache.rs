@@ -122,13 +122,12 @@ impl KvCache {
                 });
             };
             let (kv_heads, head_dim) = (a.num_kv_heads as usize, a.head_dim as usize);
-            let count = kv_heads.checked_mul(head_dim).and_then(|n| n.checked_mul(context)).ok_or_else(|| {
-                RuntimeError::BadRequest {
+            let count =
+                kv_heads.checked_mul(head_dim).and_then(|n| n.checked_mul(context)).ok_or_else(|| RuntimeError::BadRequest {
                     what: "context",
                     found: context.to_string(),
                     expected: "a number of tokens whose cache can be addressed".to_string(),
-                }
-            })?;
+                })?;
             layers.push(LayerCache {
                 keys: Elements::new(format, count)?,
                 values: Elements::new(format, count)?,

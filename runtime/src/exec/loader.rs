@@ -103,12 +103,12 @@ impl Loader {
     ///
     /// # Errors
     /// When the system refuses a thread.
-    pub fn new(reader: Option<Arc<dyn ExpertReader>>) -> Result<Self> {
+    pub fn new(reader: Option<&Arc<dyn ExpertReader>>) -> Result<Self> {
         let (requests, queue) = channel::<Request>();
         let (finished, done) = channel();
         let queue = Arc::new(Mutex::new(queue));
         let mut threads = Vec::new();
-        for reader in reader.iter().flat_map(|r| std::iter::repeat_n(r, READERS)) {
+        for reader in reader.into_iter().flat_map(|r| std::iter::repeat_n(r, READERS)) {
             let (reader, queue, finished) = (Arc::clone(reader), Arc::clone(&queue), finished.clone());
             let work = move || {
                 // The lock is held while waiting; the next thread waits for the lock instead.
@@ -139,15 +139,15 @@ impl Loader {
         queue.send(Request { key, slot, buffer }).expect("this holds the queue's other end through its threads");
     }
 
-    /// A finished load, if there is one now.
-    pub fn try_next(&mut self) -> Option<Loaded> {
+    /// A finished load, if there is one already.
+    pub fn try_wait(&mut self) -> Option<Loaded> {
         let loaded = self.done.try_recv().ok()?;
         self.in_flight -= 1;
         Some(loaded)
     }
 
     /// Waits for the next finished load; `None` when nothing is in flight.
-    pub fn next(&mut self) -> Option<Loaded> {
+    pub fn wait(&mut self) -> Option<Loaded> {
         if self.in_flight == 0 {
             return None;
         }

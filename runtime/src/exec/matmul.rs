@@ -96,16 +96,27 @@ fn compute(threads: &Threads, mut p: Piece<'_>) {
     threads.with_scratch(|s| {
         s.matmul.out.resize(rows * n, 0.0);
         kernels.matmul_rows(format, bytes, p.weight.cols, p.input, p.tokens, &mut s.matmul.out);
-        for (t, mut row) in p.out.rows_mut().into_iter().enumerate() {
-            for (r, x) in row.iter_mut().enumerate() {
-                *x = s.matmul.out[r * n + t] + p.bias.map_or(0.0, |b| b[r]);
+        // In bands of one cache line of results per token, so that what is read stays in the nearest cache.
+        for start in (0..rows).step_by(ROW_STEP) {
+            let end = rows.min(start + ROW_STEP);
+            for (t, mut row) in p.out.rows_mut().into_iter().enumerate() {
+                let row = &mut row.as_slice_mut().expect("rows are contiguous")[start..end];
+                for (r, x) in (start..).zip(row) {
+                    *x = s.matmul.out[r * n + t] + p.bias.map_or(0.0, |b| b[r]);
+                }
             }
         }
     });
 }
 
 /// Prepares `x` for matrices of `format`, rows in parallel when there are enough.
-pub fn prepare(threads: &Threads, format: QuantFormat, x: &[f32] /* [tokens, cols] */, cols: usize, out: &mut ActivationBuf) {
+pub fn prepare(
+    threads: &Threads,
+    format: QuantFormat,
+    x: &[f32], /* [tokens, cols] */
+    cols: usize,
+    out: &mut ActivationBuf,
+) {
     prepare_rows(threads, format, x.len() / cols, cols, out, |row, kernels, to| {
         let from = &x[row * cols..(row + 1) * cols];
         kernels.quantize_activation_row(crate::quant::activation_format(format), from, to);
@@ -127,6 +138,8 @@ pub fn prepare_rows(
         rows.for_each(|(i, row)| fill(i, threads.kernels(), row));
     } else {
         let rows: Vec<(usize, &mut [u8])> = rows.collect();
-        rows.into_par_iter().with_min_len((SERIAL_ELEMENTS / 4 / cols).max(1)).for_each(|(i, row)| fill(i, threads.kernels(), row));
+        rows.into_par_iter()
+            .with_min_len((SERIAL_ELEMENTS / 4 / cols).max(1))
+            .for_each(|(i, row)| fill(i, threads.kernels(), row));
     }
 }

@@ -7,8 +7,8 @@ use super::experts::{ExpertBytes, ExpertLayout};
 use super::loader::{Extent, FileReader};
 use crate::error::{Result, RuntimeError};
 use crate::gguf::{Gguf, TensorInfo};
-use crate::import::hf_weights::{HfFolder, Piece};
 use crate::import::ModelSource;
+use crate::import::hf_weights::{HfFolder, Piece};
 use crate::quant::dequantize_row;
 use crate::safetensors::SafeTensors;
 use std::collections::HashMap;
@@ -118,7 +118,8 @@ impl Model {
             ModelSource::Description { origin, .. } => Err(RuntimeError::BadRequest {
                 what: "model",
                 found: format!("{origin}, a description without weights"),
-                expected: "a GGUF file or a Hugging Face folder with safetensors; a random model can be made with `synth`".to_string(),
+                expected: "a GGUF file or a Hugging Face folder with safetensors; a random model can be made with `synth`"
+                    .to_string(),
             }),
         }
     }

@@ -15,8 +15,17 @@ use tierwise_cost::op::{Batch, OpKind, Slot, lower};
 pub struct Reference {
     /// `[tokens, vocab_size]`
     pub logits: Array2<f64>,
-    /// Per layer with experts: its index and, per token, the chosen experts with their weights, heaviest first.
-    pub routing: Vec<(u32, Vec<Vec<(u32, f64)>>)>,
+    /// Per layer with experts, in order.
+    pub routing: Vec<LayerRouting>,
+}
+
+/// Where one layer's tokens went.
+#[derive(Debug)]
+pub struct LayerRouting {
+    /// The layer.
+    pub layer: u32,
+    /// Per token: the chosen experts with their weights, heaviest first.
+    pub tokens: Vec<Vec<(u32, f64)>>,
 }
 
 /// Logits and routing at every position of `tokens`.
@@ -29,7 +38,7 @@ pub fn run(model: &Model, tokens: &[u32]) -> Result<Reference> {
     let eps = f64::from(model.spec().norm_eps);
     let vector = |id: TensorId| Array1::from_iter(model.vector(id).iter().map(|x| f64::from(*x)));
     let mut slots: HashMap<Slot, Array2<f64>> = HashMap::new();
-    let mut routing: Vec<(u32, Vec<Vec<(u32, f64)>>)> = Vec::new();
+    let mut routing: Vec<LayerRouting> = Vec::new();
     for op in ops {
         match op.kind {
             OpKind::Embed { table } => {
@@ -43,7 +52,7 @@ pub fn run(model: &Model, tokens: &[u32]) -> Result<Reference> {
             OpKind::RmsNorm { weight, input, output } => {
                 let mut x = slots[&input].clone();
                 for mut row in x.rows_mut() {
-                    let normed = rms_norm(row.view(), vector(weight).view(), eps);
+                    let normed = rms_norm(&row.view(), &vector(weight), eps);
                     row.assign(&normed);
                 }
                 slots.insert(output, x);
@@ -61,7 +70,7 @@ pub fn run(model: &Model, tokens: &[u32]) -> Result<Reference> {
                 for mut row in x.rows_mut() {
                     for start in (0..row.len()).step_by(span) {
                         let mut part = row.slice_mut(s![start..start + span]);
-                        let normed = rms_norm(part.view(), vector(weight).view(), eps);
+                        let normed = rms_norm(&part.view(), &vector(weight), eps);
                         part.assign(&normed);
                     }
                 }
@@ -79,11 +88,12 @@ pub fn run(model: &Model, tokens: &[u32]) -> Result<Reference> {
             }
             OpKind::Route { weight, moe } => {
                 let scores = matmul(&model.matrix(weight), &slots[&Slot::Normed]);
-                routing.push((op.layer.unwrap_or(0), scores.rows().into_iter().map(|r| choose(&moe, r)).collect()));
+                let tokens = scores.rows().into_iter().map(|r| choose(&moe, &r)).collect();
+                routing.push(LayerRouting { layer: op.layer.unwrap_or(0), tokens });
             }
             OpKind::RoutedExperts { gate, up, down, moe } => {
                 let x = &slots[&Slot::Normed];
-                let (_, chosen) = routing.last().expect("routed before");
+                let chosen = &routing.last().expect("routed before").tokens;
                 let mut delta = Array2::zeros(x.dim());
                 for expert in 0..moe.num_experts {
                     let mine: Vec<(usize, f64)> = chosen
@@ -136,9 +146,9 @@ fn matmul(m: &Matrix<'_>, x: &Array2<f64>) -> Array2<f64> {
     y
 }
 
-fn rms_norm(x: ArrayView1<'_, f64>, weight: ArrayView1<'_, f64>, eps: f64) -> Array1<f64> {
+fn rms_norm(x: &ArrayView1<'_, f64>, weight: &Array1<f64>, eps: f64) -> Array1<f64> {
     let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
-    &x * &weight / (mean + eps).sqrt()
+    x * weight / (mean + eps).sqrt()
 }
 
 fn rotate(x: &mut Array2<f64>, head_dim: usize, rope: &Rope) {
@@ -159,7 +169,8 @@ fn rotate(x: &mut Array2<f64>, head_dim: usize, rope: &Rope) {
     }
 }
 
-fn attention(a: &Gqa, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>) -> Array2<f64> {
+/// Every token sees itself and those before it, as far as the window reaches.
+pub(super) fn attention(a: &Gqa, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>) -> Array2<f64> {
     let head_dim = a.head_dim as usize;
     let group = (a.num_heads / a.num_kv_heads) as usize;
     let window = a.sliding_window.map_or(usize::MAX, |w| w as usize);
@@ -187,7 +198,7 @@ fn softmax(x: &mut [f64]) {
     x.iter_mut().for_each(|v| *v = (*v - max).exp() / sum);
 }
 
-fn choose(moe: &Moe, scores: ArrayView1<'_, f64>) -> Vec<(u32, f64)> {
+fn choose(moe: &Moe, scores: &ArrayView1<'_, f64>) -> Vec<(u32, f64)> {
     let mut p = scores.to_vec();
     softmax(&mut p);
     let mut order: Vec<usize> = (0..p.len()).collect();

@@ -23,11 +23,6 @@ impl ExpertSlots {
         Self { layers }
     }
 
-    /// Bytes of all slots.
-    pub fn bytes(&self) -> usize {
-        self.layers.iter().flat_map(|l| &l.buffers).map(Vec::len).sum()
-    }
-
     /// Takes a slot's buffer out, to be filled.
     pub fn take(&mut self, layer: u32, slot: u32) -> Vec<u8> {
         std::mem::take(&mut self.layers[layer as usize].buffers[slot as usize])

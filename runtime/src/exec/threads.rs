@@ -34,17 +34,20 @@ impl Threads {
     /// When `count` is 0 or above 1024, or the system refuses the threads.
     pub fn new(count: usize) -> Result<Self> {
         if count == 0 || count > 1024 {
-            return Err(RuntimeError::BadRequest { what: "threads", found: count.to_string(), expected: "1 to 1024".to_string() });
-        }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(count)
-            .thread_name(|i| format!("tierwise-compute-{i}"))
-            .build()
-            .map_err(|e| RuntimeError::BadRequest {
+            return Err(RuntimeError::BadRequest {
                 what: "threads",
-                found: format!("{count} ({e})"),
-                expected: "a number of threads that the system allows".to_string(),
-            })?;
+                found: count.to_string(),
+                expected: "1 to 1024".to_string(),
+            });
+        }
+        let pool =
+            rayon::ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("tierwise-compute-{i}")).build().map_err(
+                |e| RuntimeError::BadRequest {
+                    what: "threads",
+                    found: format!("{count} ({e})"),
+                    expected: "a number of threads that the system allows".to_string(),
+                },
+            )?;
         Ok(Self { pool: Arc::new(pool), kernels: CpuKernels::best(), scratch: (0..count).map(|_| Mutex::default()).collect() })
     }
 
@@ -75,7 +78,12 @@ impl Threads {
 const SERIAL_ELEMENTS: usize = 32 << 10;
 
 /// Calls `f` with every row of `data` and its index, in parallel when that pays.
-pub fn for_rows(threads: &Threads, data: &mut [f32] /* [rows, width] */, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+pub fn for_rows(
+    threads: &Threads,
+    data: &mut [f32], /* [rows, width] */
+    width: usize,
+    f: impl Fn(usize, &mut [f32]) + Sync,
+) {
     if threads.count() == 1 || data.len() < SERIAL_ELEMENTS {
         data.chunks_exact_mut(width).enumerate().for_each(|(i, row)| f(i, row));
     } else {

@@ -117,11 +117,24 @@ fn isa() -> Vec<String> {
             [$(($name, std::arch::is_x86_feature_detected!($name))),*]
         };
     }
-    detected!("sse4.1", "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "avx512fp16")
-        .into_iter()
-        .filter(|(_, there)| *there)
-        .map(|(name, _)| name.to_string())
-        .collect()
+    detected!(
+        "sse4.1",
+        "avx",
+        "avx2",
+        "fma",
+        "f16c",
+        "avxvnni",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512vnni",
+        "avx512bf16",
+        "avx512fp16"
+    )
+    .into_iter()
+    .filter(|(_, there)| *there)
+    .map(|(name, _)| name.to_string())
+    .collect()
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -131,7 +144,11 @@ fn isa() -> Vec<String> {
             [$(($name, std::arch::is_aarch64_feature_detected!($name))),*]
         };
     }
-    detected!("neon", "dotprod", "i8mm", "fp16", "bf16", "sve").into_iter().filter(|(_, t)| *t).map(|(n, _)| n.to_string()).collect()
+    detected!("neon", "dotprod", "i8mm", "fp16", "bf16", "sve")
+        .into_iter()
+        .filter(|(_, t)| *t)
+        .map(|(n, _)| n.to_string())
+        .collect()
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]

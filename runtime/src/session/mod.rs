@@ -104,7 +104,7 @@ impl Session {
             let buffers = (0..plan.slots(layer)).map(|_| vec![0; bytes]).collect();
             layers.push(LayerSlots { layout, buffers });
         }
-        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layers), Loader::new(reader)?, config.record);
+        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layers), Loader::new(reader.as_ref())?, config.record);
         let context = plan.context() as usize;
         let executor = Executor::new(&model, config.threads, context, plan.kv_format(), config.capture_routing)?;
         Ok(Self {
@@ -266,11 +266,7 @@ impl Session {
         }
         let needed = self.len() + tokens.len();
         if needed > self.context() {
-            return Err(RuntimeError::ContextTooSmall {
-                needed,
-                context: self.context(),
-                trained: spec.context_length as usize,
-            });
+            return Err(RuntimeError::ContextTooSmall { needed, context: self.context(), trained: spec.context_length as usize });
         }
         Ok(())
     }
@@ -297,7 +293,9 @@ fn check_plan(model: &Model, plan: &CheckedPlan) -> Result<()> {
             match tier.kind {
                 MemoryKind::Dram => {}
                 MemoryKind::Disk if plan.slots(layer) > 0 => {}
-                MemoryKind::Disk => return bad(format!("layer {layer} with experts on disk and no slot"), "at least one slot".to_string()),
+                MemoryKind::Disk => {
+                    return bad(format!("layer {layer} with experts on disk and no slot"), "at least one slot".to_string());
+                }
                 MemoryKind::Vram | MemoryKind::Cxl => {
                     return bad(
                         format!("layer {layer} expert {expert} in {}", tier.memory),

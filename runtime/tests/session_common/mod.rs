@@ -1,5 +1,5 @@
 //! What the session tests share: models, plans, references.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses a part")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -52,13 +52,7 @@ fn machine() -> Machine {
 
 fn request(spec: &ModelSpec, options: PlanOptions) -> Request {
     let context = options.context.min(spec.context_length);
-    Request {
-        context,
-        chunk_tokens: options.chunk,
-        prompt_tokens: context / 2,
-        kv_format: options.kv,
-        ..Request::default()
-    }
+    Request { context, chunk_tokens: options.chunk, prompt_tokens: context / 2, kv_format: options.kv, ..Request::default() }
 }
 
 /// Everything in memory.
