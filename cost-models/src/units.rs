@@ -240,7 +240,17 @@ impl Bytes {
         Self(n << 20)
     }
 
-    /// The smaller of difference and zero-clamped difference.
+    /// The least size that is at least this one and that people read as it is: its text form parses to no less.
+    #[must_use]
+    pub fn rounded_up(self) -> Self {
+        let unit = (0..=4u32).map(|i| 1u64 << (10 * i)).rfind(|u| self.0 >= *u).unwrap_or(1);
+        let whole = self.0 / unit;
+        let digits = if whole < 10 { 100.0 } else if whole < 100 { 10.0 } else { 1.0 };
+        let value = (self.0 as f64 / unit as f64 * digits).ceil() / digits;
+        Self((value * unit as f64).ceil() as u64)
+    }
+
+    /// The difference, or zero when `other` is larger.
     #[must_use]
     pub const fn saturating_sub(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
@@ -327,6 +337,15 @@ mod tests {
         }
         for r in [1.0, 25.6e9, 936.2e9, 1.0 / 3.0 * 1e9] {
             assert_eq!(BytesPerS(r).exact().parse(), Ok(BytesPerS(r)));
+        }
+    }
+
+    #[test]
+    fn rounded_up_sizes_print_as_no_less_than_they_are() {
+        for b in [0, 1, 999, 1025, 6_857_345, 6_857_346, (10 << 20) - 1, 123_456_789, 99_999_999_999, (24 << 30) + 1] {
+            let up = Bytes(b).rounded_up();
+            let read: Bytes = up.to_string().parse().unwrap();
+            assert!(up.0 >= b && read.0 >= b && read.0 as f64 <= b as f64 * 1.011 + 1.0, "{b}: {up}, read as {read:?}");
         }
     }
 

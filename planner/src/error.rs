@@ -23,7 +23,8 @@ pub enum PlanError {
     /// One budget line does not fit its memory.
     #[error(
         "{memory}: {line} needs {needed}, but {available} of {capacity} is left for it; \
-         the smallest budget that works is {smallest} ({hint})"
+         the smallest budget that works is {} ({hint})",
+        smallest.rounded_up()
     )]
     NoRoom {
         /// The memory's id.
@@ -43,8 +44,9 @@ pub enum PlanError {
     },
     /// The memories together are too small for the routed experts.
     #[error(
-        "the routed experts need {needed}, but only {available} is left for them ({places}); \
-         the smallest budget that works is {smallest} of {memory} ({hint})"
+        "the routed experts need {needed} and at least one slot per layer in a memory that a processor computes from, \
+         but what is left is {places}; the smallest budget that works is {} of {memory} ({hint})",
+        smallest.rounded_up()
     )]
     ExpertsDoNotFit {
         /// Bytes of all routed experts.

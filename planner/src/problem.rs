@@ -55,6 +55,10 @@ impl<'a> Problem<'a> {
     /// # Errors
     /// [`PlanError::BadRequest`], [`PlanError::NoRoom`] naming the line that does not fit, [`PlanError::ExpertsDoNotFit`].
     pub fn new(spec: &'a ModelSpec, machine: &'a Machine, request: Request) -> Result<Self, PlanError> {
+        Self::lay_out(spec, machine, request.clone()).map_err(|e| name_smallest(e, spec, machine, &request))
+    }
+
+    fn lay_out(spec: &'a ModelSpec, machine: &'a Machine, request: Request) -> Result<Self, PlanError> {
         machine.check()?;
         request.check(spec.context_length)?;
         check_limits(machine, &request)?;
@@ -148,6 +152,33 @@ impl<'a> Problem<'a> {
             hint,
         })
     }
+}
+
+/// Puts the smallest budget that works into an error about room. The lines depend on each other (reserve, staging, slots, which
+/// processor leads), so it is found by trying: feasibility only grows with the budget, and laying a problem out is cheap.
+fn name_smallest(mut error: PlanError, spec: &ModelSpec, machine: &Machine, request: &Request) -> PlanError {
+    let (PlanError::NoRoom { memory, smallest, hint, .. } | PlanError::ExpertsDoNotFit { memory, smallest, hint, .. }) = &mut error
+    else {
+        return error;
+    };
+    let kind = machine.memories[index_of(machine, memory)].kind;
+    let installed = machine.memories_of(kind).map(|m| m.capacity.value.0).sum();
+    let works = |bytes: u64| {
+        let mut larger = request.clone();
+        larger.limits.set(kind, Bytes(bytes));
+        Problem::lay_out(spec, machine, larger).is_ok()
+    };
+    let (mut fails, mut enough) = (request.limits.of(kind).map_or(0, |b| b.0), installed);
+    if fails >= enough || !works(enough) {
+        return error;
+    }
+    while enough - fails > 1 {
+        let middle = fails + (enough - fails) / 2;
+        if works(middle) { enough = middle } else { fails = middle }
+    }
+    *smallest = Bytes(enough);
+    *hint = format!("{} {}", Limits::flag(kind), smallest.rounded_up());
+    error
 }
 
 fn index_of(machine: &Machine, id: &str) -> usize {

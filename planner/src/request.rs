@@ -62,6 +62,16 @@ impl Limits {
         }
     }
 
+    /// Sets the limit for a kind of memory.
+    pub const fn set(&mut self, kind: MemoryKind, limit: Bytes) {
+        match kind {
+            MemoryKind::Vram => self.vram = Some(limit),
+            MemoryKind::Dram => self.ram = Some(limit),
+            MemoryKind::Cxl => self.cxl = Some(limit),
+            MemoryKind::Disk => self.disk = Some(limit),
+        }
+    }
+
     /// The flag that sets it.
     pub const fn flag(kind: MemoryKind) -> &'static str {
         match kind {
