@@ -10,10 +10,9 @@ fn main() {
     let mut code = String::new();
     for (constant, folder) in [("MODELS", "models"), ("MACHINES", "machines")] {
         let folder = configs.join(folder);
-        // A path that does not exist would make every build run this again.
-        if folder.is_dir() {
-            println!("cargo::rerun-if-changed={}", folder.display());
-        }
+        // A path that does not exist would make every build run this again; its parent changes when it appears.
+        let watched = if folder.is_dir() { &folder } else { &configs };
+        println!("cargo::rerun-if-changed={}", watched.display());
         writeln!(code, "static {constant}: &[(&str, &str)] = &[").expect("writing to a string");
         for path in toml_files(&folder) {
             let stem = path.file_stem().expect("a file has a name").to_string_lossy();
