@@ -152,7 +152,8 @@ fn failed_reads_are_tried_again_and_then_reported() {
             key: ExpertKey { layer: 0, expert: 0 },
             failures: AtomicU32::new(failures),
         };
-        Session::with_reader(Arc::clone(&model), &plan, config, Some(Arc::new(reader))).expect("opened")
+        let reader: Arc<dyn ExpertReader> = Arc::new(reader);
+        Session::with_reader(Arc::clone(&model), &plan, config, Some(&reader)).expect("opened")
     };
     let expected = session(&model, F16_KV).prefill(&tokens).expect("computed").to_vec();
 

@@ -6,7 +6,7 @@
 use crate::error::{Result, RuntimeError};
 use crate::kernels::CpuKernels;
 use half::f16;
-use half::slice::HalfBitsSliceExt;
+use memmap2::MmapMut;
 use tierwise_cost::model::{Attention, ModelSpec};
 use tierwise_cost::quant::QuantFormat;
 
@@ -28,18 +28,28 @@ struct LayerCache {
     head_dim: usize,
 }
 
-/// One array in the cache's format. Halves are kept as bits, because zeroed integers cost no resident memory.
+/// One array in the cache's format. An anonymous map, because its pages cost nothing until they are written and because a size
+/// that the system refuses is an error, where an allocation would abort the process.
 #[derive(Debug)]
 enum Elements {
-    F16(Vec<u16>),
-    F32(Vec<f32>),
+    F16(MmapMut),
+    F32(MmapMut),
 }
 
 impl Elements {
     fn new(format: QuantFormat, count: usize) -> Result<Self> {
+        let map = |size: usize| {
+            let too_large = |reason: String| RuntimeError::BadRequest {
+                what: "context",
+                found: format!("a cache of {count} elements per layer ({reason})"),
+                expected: "one that fits this machine's memory: a smaller --context or cache format".to_string(),
+            };
+            let bytes = count.checked_mul(size).ok_or_else(|| too_large("beyond the address space".to_string()))?;
+            MmapMut::map_anon(bytes).map_err(|e| too_large(e.to_string()))
+        };
         match format {
-            QuantFormat::F16 => Ok(Self::F16(vec![0; count])),
-            QuantFormat::F32 => Ok(Self::F32(vec![0.0; count])),
+            QuantFormat::F16 => Ok(Self::F16(map(2)?)),
+            QuantFormat::F32 => Ok(Self::F32(map(4)?)),
             other => Err(RuntimeError::BadRequest {
                 what: "kv format",
                 found: other.name().to_string(),
@@ -50,15 +60,15 @@ impl Elements {
 
     fn write(&mut self, kernels: &CpuKernels, at: usize, row: &[f32]) {
         match self {
-            Self::F16(v) => kernels.f32_to_f16(row, v[at..at + row.len()].reinterpret_cast_mut()),
-            Self::F32(v) => v[at..at + row.len()].copy_from_slice(row),
+            Self::F16(map) => kernels.f32_to_f16(row, &mut bytemuck::cast_slice_mut(map)[at..at + row.len()]),
+            Self::F32(map) => bytemuck::cast_slice_mut(map)[at..at + row.len()].copy_from_slice(row),
         }
     }
 
     fn slice(&self, at: usize, count: usize) -> KvRows<'_> {
         match self {
-            Self::F16(v) => KvRows::F16(v[at..at + count].reinterpret_cast()),
-            Self::F32(v) => KvRows::F32(&v[at..at + count]),
+            Self::F16(map) => KvRows::F16(&bytemuck::cast_slice(map)[at..at + count]),
+            Self::F32(map) => KvRows::F32(&bytemuck::cast_slice(map)[at..at + count]),
         }
     }
 }

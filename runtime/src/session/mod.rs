@@ -76,7 +76,7 @@ impl Session {
         let layers = (0..model.spec().layers.len() as u32).filter(|l| plan.slots(*l) > 0).collect::<Vec<_>>();
         let reader: Option<Arc<dyn ExpertReader>> =
             if layers.is_empty() { None } else { Some(Arc::new(model.expert_reader(&layers)?)) };
-        Self::with_reader(model, plan, config, reader)
+        Self::with_reader(model, plan, config, reader.as_ref())
     }
 
     /// [`Self::open`] with another source of experts, e.g. one that fails.
@@ -87,7 +87,7 @@ impl Session {
         model: Arc<Model>,
         plan: &CheckedPlan,
         config: SessionConfig,
-        reader: Option<Arc<dyn ExpertReader>>,
+        reader: Option<&Arc<dyn ExpertReader>>,
     ) -> Result<Self> {
         check_plan(&model, plan)?;
         let mut layers = Vec::with_capacity(model.spec().layers.len());
@@ -104,7 +104,7 @@ impl Session {
             let buffers = (0..plan.slots(layer)).map(|_| vec![0; bytes]).collect();
             layers.push(LayerSlots { layout, buffers });
         }
-        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layers), Loader::new(reader.as_ref())?, config.record);
+        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layers), Loader::new(reader)?, config.record);
         let context = plan.context() as usize;
         let executor = Executor::new(&model, config.threads, context, plan.kv_format(), config.capture_routing)?;
         Ok(Self {

@@ -4,6 +4,8 @@ use tierwise_cost::cost::Roofline;
 use tierwise_cost::machine::{Machine, MemoryKind};
 use tierwise_cost::model::ModelSpec;
 use tierwise_cost::quant::QuantFormat;
+use tierwise_cost::units::Bytes;
+use tierwise_planner::budget;
 use tierwise_planner::evaluate::{LayerPlacement, Placement};
 use tierwise_planner::{CheckedPlan, Problem, Request, SolverKind, make_plan, plan_from_placement};
 
@@ -64,10 +66,15 @@ pub fn ram_plan(spec: &ModelSpec, options: PlanOptions) -> CheckedPlan {
     plan.check(spec, Some(&machine)).expect("a plan of ours")
 }
 
-/// Experts for which `on_disk(layer, expert)` holds are loaded into `slots` slots per layer (at most their number).
+/// Experts for which `on_disk(layer, expert)` holds are loaded into `slots` slots per layer (one to all but one of them).
 pub fn disk_plan(spec: &ModelSpec, options: PlanOptions, slots: u32, on_disk: impl Fn(u32, u32) -> bool) -> CheckedPlan {
     let machine = machine();
-    let problem = Problem::new(spec, &machine, request(spec, options)).expect("it fits");
+    let mut request = request(spec, options);
+    // A byte too little for all experts: with room for all, the planner does not consider the disk.
+    let rest = [budget::non_expert_weights(spec), budget::kv(spec, &request), budget::activations(spec, &request)];
+    let room = rest.into_iter().sum::<Bytes>() + spec.expert_bytes();
+    request.limits.ram = Some(room.saturating_sub(Bytes(1)));
+    let problem = Problem::new(spec, &machine, request).expect("it fits with the disk");
     let tier = |kind| problem.tiers.iter().position(|t| t.kind == kind).expect("the machine has both") as u8;
     let (dram, disk) = (tier(MemoryKind::Dram), tier(MemoryKind::Disk));
     let layers = spec
@@ -75,7 +82,7 @@ pub fn disk_plan(spec: &ModelSpec, options: PlanOptions, slots: u32, on_disk: im
         .map(|(layer, moe)| {
             let tier_of: Vec<u8> = (0..moe.num_experts).map(|e| if on_disk(layer, e) { disk } else { dram }).collect();
             let loaded = tier_of.iter().filter(|t| **t == disk).count() as u32;
-            LayerPlacement { tier_of, slots: slots.min(loaded) }
+            LayerPlacement { tier_of, slots: slots.min(loaded - 1).max(1) }
         })
         .collect();
     let plan = plan_from_placement(&problem, &Roofline::default(), Placement { layers }).expect("feasible");
