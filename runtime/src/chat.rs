@@ -117,6 +117,9 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         variables: &Map<String, serde_json::Value>,
     ) -> Result<String> {
+        if messages.is_empty() {
+            return Err(RuntimeError::Template("there are no messages to render".to_owned()));
+        }
         let json = |e: serde_json::Error| RuntimeError::Template(e.to_string());
         let mut context = Map::new();
         context.insert("messages".into(), serde_json::to_value(messages).map_err(json)?);
@@ -129,8 +132,15 @@ impl ChatTemplate {
             }
         }
         context.extend(variables.iter().map(|(name, value)| (name.clone(), value.clone())));
-        let template = self.environment.get_template(NAME).map_err(failed)?;
-        template.render(Value::from(Serde(&context))).map_err(failed)
+        // minijinja 3.0.5 panics on a reversed slice of something empty (`''[::-1]`), which a template or a message
+        // could bring about; nothing that outlives the call is touched before.
+        let render = || self.environment.get_template(NAME)?.render(Value::from(Serde(&context)));
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(render)) {
+            Ok(rendered) => rendered.map_err(failed),
+            Err(_) => Err(RuntimeError::Template(
+                "the template engine cannot run it: a fault of the engine, not of the model".to_owned(),
+            )),
+        }
     }
 }
 
@@ -222,6 +232,13 @@ mod tests {
         assert!(broken.contains("syntax error"), "{broken}");
         let unknown = render("{{ messages.nonsense() }}").expect_err("no such method").to_string();
         assert!(unknown.contains("nonsense"), "{unknown}");
+    }
+
+    #[test]
+    fn a_fault_of_the_engine_is_an_error() {
+        let fault = render("{{ ''[::-1] }}").expect_err("panics inside; once it does not, drop the guard").to_string();
+        assert!(fault.contains("engine"), "{fault}");
+        assert!(ChatTemplate::chatml().render(&[], None, true).is_err());
     }
 
     #[test]

@@ -47,7 +47,11 @@ impl SamplerConfig {
 
     fn check(&self) -> Result<()> {
         let range = |what: &'static str, value: f32, ok: bool, expected: &str| {
-            if ok { Ok(()) } else { Err(RuntimeError::BadRequest { what, found: value.to_string(), expected: expected.to_owned() }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(RuntimeError::BadRequest { what, found: value.to_string(), expected: expected.to_owned() })
+            }
         };
         let t = self.temperature;
         range("temperature", t, t.is_finite() && t >= 0.0, "0 (greedy) or a positive number")?;
@@ -229,9 +233,7 @@ mod tests {
         }
         if config.top_p < 1.0 {
             let all = alive.clone();
-            let p = |i: usize| {
-                f64::from(logits[i]).exp() / all.iter().map(|&j| f64::from(logits[j]).exp()).sum::<f64>()
-            };
+            let p = |i: usize| f64::from(logits[i]).exp() / all.iter().map(|&j| f64::from(logits[j]).exp()).sum::<f64>();
             // A token is needed as long as the better ones do not suffice.
             alive.retain(|&i| all.iter().filter(|&&j| better(j, i)).map(|&j| p(j)).sum::<f64>() < f64::from(config.top_p));
         }

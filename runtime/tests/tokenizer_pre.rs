@@ -10,6 +10,9 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
 }
 
+/// First names of rows that share a group with an earlier row.
+const FURTHER_ROWS: [&str; 6] = ["dbrx", "glm4", "qwen35", "bailingmoe", "seed-coder", "cohere2moe"];
+
 #[test]
 fn cuts_equal_llama_cpp() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -26,7 +29,9 @@ fn cuts_equal_llama_cpp() {
     let base: Vec<Vec<u32>> = golden["base"].as_array().expect("ids").iter().map(ids).collect();
     let mut wrong = Vec::new();
     for group in golden["groups"].as_array().expect("groups") {
-        for name in group["names"].as_array().expect("names").iter().map(|n| n.as_str().expect("a name")) {
+        let names = group["names"].as_array().expect("names").iter().map(|n| n.as_str().expect("a name"));
+        // Building takes longer than encoding, and a unit test shows that the names of one row belong to one group.
+        for (_, name) in names.enumerate().filter(|(i, name)| *i == 0 || FURTHER_ROWS.contains(name)) {
             let mut data = data.clone();
             data.pre = Some(name.to_owned());
             data.add_bos = Some(false);

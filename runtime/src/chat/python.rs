@@ -242,15 +242,28 @@ mod tests {
         ] {
             assert_eq!(strftime("%a %d %b %Y %T %p %I", seconds).expect("known fields"), expected);
         }
-        assert_eq!(strftime("%F|%-d.%-m.%y %A, %B %e 100%%", 1_735_689_600).expect("known fields"), "2025-01-01|1.1.25 Wednesday, January  1 100%");
+        assert_eq!(
+            strftime("%F|%-d.%-m.%y %A, %B %e 100%%", 1_735_689_600).expect("known fields"),
+            "2025-01-01|1.1.25 Wednesday, January  1 100%"
+        );
         assert!(strftime("%Q", 0).is_err() && strftime("100%", 0).is_err());
     }
 
     #[test]
     fn floats() {
         for (value, expected) in [
-            (0.0, "0.0"), (-0.0, "-0.0"), (1.0, "1.0"), (0.1, "0.1"), (1e-4, "0.0001"), (0.00005, "5e-05"), (1.5e-7, "1.5e-07"),
-            (1e15, "1000000000000000.0"), (1e16, "1e+16"), (-1.25e20, "-1.25e+20"), (1e100, "1e+100"), (f64::INFINITY, "inf"),
+            (0.0, "0.0"),
+            (-0.0, "-0.0"),
+            (1.0, "1.0"),
+            (0.1, "0.1"),
+            (1e-4, "0.0001"),
+            (0.00005, "5e-05"),
+            (1.5e-7, "1.5e-07"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (-1.25e20, "-1.25e+20"),
+            (1e100, "1e+100"),
+            (f64::INFINITY, "inf"),
         ] {
             assert_eq!(float(value), expected);
         }

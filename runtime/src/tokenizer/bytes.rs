@@ -74,7 +74,8 @@ mod tests {
         let shown: std::collections::BTreeSet<char> = (0..=255).map(byte_to_char).collect();
         assert_eq!(shown.len(), 256);
         // The best-known ones: space, newline, tab, delete, no-break space, soft hyphen.
-        for (byte, c) in [(b' ', 'Ġ'), (b'\n', 'Ċ'), (b'\t', 'ĉ'), (0x7F, 'ġ'), (0xA0, 'ł'), (0xAD, 'Ń'), (b'a', 'a'), (0xFF, 'ÿ')]
+        for (byte, c) in
+            [(b' ', 'Ġ'), (b'\n', 'Ċ'), (b'\t', 'ĉ'), (0x7F, 'ġ'), (0xA0, 'ł'), (0xAD, 'Ń'), (b'a', 'a'), (0xFF, 'ÿ')]
         {
             assert_eq!(byte_to_char(byte), c);
         }

@@ -5,11 +5,11 @@
 //! known; other decoders are refused. The folder's configuration adds what `transformers` adds: BOS and EOS, stop
 //! ids and the chat template.
 
+use super::Tokenizer;
 use super::bytes::{byte_level_piece, byte_token_value};
 use super::pipeline::{Pipeline, Words, library_error};
 use super::spm::BLANK;
 use super::vocab::{TokenKind, stop_ids};
-use super::Tokenizer;
 use crate::error::{Result, RuntimeError};
 use serde_json::Value;
 use std::path::Path;

@@ -50,7 +50,11 @@ pub struct Tokenizer {
 
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size()).field("bos", &self.bos).field("eos", &self.eos).finish()
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("bos", &self.bos)
+            .field("eos", &self.eos)
+            .finish()
     }
 }
 
@@ -215,6 +219,7 @@ fn piece(data: &VocabData, id: u32, text: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     /// All bytes, then "he", "ll", "hell", then a control and a user-defined token.
     fn byte_level() -> VocabData {
@@ -242,6 +247,27 @@ mod tests {
         assert_eq!(tokenizer.decode_without_special(&parsed), "hello<tool>");
         assert_eq!(tokenizer.special_id("<|im_start|>"), Some(259));
         assert_eq!(tokenizer.special_id("he"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn byte_level_text_survives(
+            text in prop_oneof![any::<String>(), "[hel<|_imstar>\\n 0-9'éß中🙂\u{301}\u{a0}]{0,40}", "(<\\|im_start\\|>|<tool>|hell|he|\\s){0,9}"],
+            pre in prop::sample::select(vec!["default", "gpt-2", "qwen2", "llama-bpe", "gpt-4o", "tekken", "deepseek-llm", "deepseek-coder", "deepseek-v3", "kimi-k2", "bloom", "tiny_aya"]),
+        ) {
+            let mut data = byte_level();
+            (data.pre, data.add_bos) = (Some(pre.to_owned()), Some(false));
+            let tokenizer = Tokenizer::from_vocab(data).expect("valid");
+            for parse_special in [false, true] {
+                let ids = tokenizer.encode(&text, AddSpecial::AsModel, parse_special).expect("encodes");
+                prop_assert_eq!(&tokenizer.decode(&ids), &text);
+                prop_assert!(parse_special || !ids.iter().any(|&id| tokenizer.is_special(id)));
+                let mut stream = StreamDecoder::new(false);
+                let mut streamed: String = ids.iter().filter_map(|&id| stream.push(&tokenizer, id)).collect();
+                streamed.extend(stream.flush());
+                prop_assert_eq!(&streamed, &text);
+            }
+        }
     }
 
     #[test]

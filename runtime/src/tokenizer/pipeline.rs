@@ -136,7 +136,9 @@ fn parse_merges(data: &VocabData, vocab: &Vocab) -> Result<(Merges, Vec<bool>)> 
         joined.push_str(right);
         let mut ids = [0; 3];
         for (id, text) in ids.iter_mut().zip([left, right, joined.as_str()]) {
-            *id = *vocab.get(text).ok_or_else(|| bad(&format!("{text:?} is not in the vocabulary; merges and tokens do not belong together")))?;
+            *id = *vocab
+                .get(text)
+                .ok_or_else(|| bad(&format!("{text:?} is not in the vocabulary; merges and tokens do not belong together")))?;
             mentioned[*id as usize] = true;
         }
         if seen.insert((ids[0], ids[1])) {
@@ -153,9 +155,8 @@ fn added_tokens(data: &VocabData) -> Result<(AddedVocabulary, AddedVocabulary)> 
         // The matcher asks a model for the ids; this one knows nothing else.
         let ids: Vocab = chosen().map(|(id, text)| (text.clone(), id)).collect();
         let ids = BPE::builder().vocab_and_merges(ids, Vec::new()).build().map_err(|e| library_error(&data.origin, e))?;
-        let tokens = chosen().map(|(id, text)| {
-            AddedToken::from(text.clone(), data.kind(id) != TokenKind::UserDefined).normalized(false)
-        });
+        let tokens =
+            chosen().map(|(id, text)| AddedToken::from(text.clone(), data.kind(id) != TokenKind::UserDefined).normalized(false));
         let mut added = AddedVocabulary::new();
         added.add_tokens::<NormalizerWrapper>(tokens, &ids, None).map_err(|e| library_error(&data.origin, e))?;
         Ok(added)

@@ -228,8 +228,17 @@ mod tests {
 
     #[test]
     fn equals_the_naive_rule_also_among_equal_scores() {
-        let tokens =
-            [("a", 0.0), ("b", 0.0), ("aa", -1.0), ("aaa", -1.0), ("ab", -2.0), ("ba", -2.0), ("aab", -0.5), ("bb", -1.0), ("bab", -3.0)];
+        let tokens = [
+            ("a", 0.0),
+            ("b", 0.0),
+            ("aa", -1.0),
+            ("aaa", -1.0),
+            ("ab", -2.0),
+            ("ba", -2.0),
+            ("aab", -0.5),
+            ("bb", -1.0),
+            ("bab", -3.0),
+        ];
         for length in 0..=10u32 {
             for bits in 0..1u32 << length {
                 let text: String = (0..length).map(|i| if bits >> i & 1 == 0 { 'a' } else { 'b' }).collect();
@@ -251,7 +260,9 @@ mod tests {
     fn control_tokens_are_out_of_reach() {
         let mut data = VocabData::new("test", VocabModel::SentencePiece);
         data.add_space_prefix = Some(false);
-        for (text, kind) in [("<s>", TokenKind::Control), ("<", TokenKind::Normal), ("s>", TokenKind::Normal), ("s", TokenKind::Normal)] {
+        for (text, kind) in
+            [("<s>", TokenKind::Control), ("<", TokenKind::Normal), ("s>", TokenKind::Normal), ("s", TokenKind::Normal)]
+        {
             data.tokens.push(text.into());
             data.scores.push(0.0);
             data.kinds.push(kind);

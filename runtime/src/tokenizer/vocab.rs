@@ -74,11 +74,37 @@ pub struct VocabData {
 
 /// Texts that end a generation wherever they are tokens of their own (`llama-vocab.cpp` of llama.cpp).
 const STOP_TEXTS: [&str; 30] = [
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
-    "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
     // Padding and separators of fill-in-the-middle.
-    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>",
+    "<|fim_pad|>",
+    "<fim-pad>",
+    "<fim_pad>",
+    "<PAD>",
+    "[PAD]",
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
 ];
 
 impl VocabData {
@@ -135,7 +161,11 @@ impl VocabData {
             let key = format!("tokenizer.ggml.{key}");
             let Some(id) = metadata.opt_u64(&key)? else { return Ok(None) };
             u32::try_from(id).map(Some).map_err(|_| {
-                RuntimeError::Tokenizer(format!("{}: {key} is {id}, expected a token id below {}", data.origin, data.tokens.len()))
+                RuntimeError::Tokenizer(format!(
+                    "{}: {key} is {id}, expected a token id below {}",
+                    data.origin,
+                    data.tokens.len()
+                ))
             })
         };
         let bos = id("bos_token_id")?.or(data.bos);
@@ -192,7 +222,9 @@ impl VocabData {
         if let Some(rows) = self.vocab_size
             && rows != count as u64
         {
-            return Err(self.error(format!("found {count} tokens, but the model's vocab_size is {rows}; the file contradicts itself")));
+            return Err(
+                self.error(format!("found {count} tokens, but the model's vocab_size is {rows}; the file contradicts itself"))
+            );
         }
         if self.kinds.is_empty() {
             self.kinds = vec![TokenKind::Normal; count];
@@ -242,7 +274,8 @@ pub(super) fn stop_ids(
     // Where messages have their own end (gpt-oss, solar-open), <|end|> only closes a part of the answer.
     let has = |text: &str| id_of(text).is_some();
     let has_call = has("<|call|>") || has("<|calls|>");
-    if has_call && (has("<|return|>") || has("<|flush|>"))
+    if has_call
+        && (has("<|return|>") || has("<|flush|>"))
         && let Some(end) = id_of("<|end|>")
     {
         all.remove(&end);
