@@ -164,3 +164,17 @@ fn the_tiny_model_is_read() {
         st.data(t).chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f64().powi(2)).sum::<f64>() / 1048576.0;
     assert!(mean_square > 1e-6 && mean_square < 1.0, "{mean_square}");
 }
+
+/// The files that fuzzing starts from, and those it once found: `ok-*` must be read, `bad-*` refused.
+#[test]
+fn fuzz_seeds() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/safetensors");
+    let mut counts = [0, 0];
+    for file in std::fs::read_dir(&folder).unwrap() {
+        let path = file.unwrap().path();
+        let ok = path.file_name().unwrap().to_string_lossy().starts_with("ok-");
+        assert_eq!(SafeTensors::open(&path).is_ok(), ok, "{}", path.display());
+        counts[usize::from(ok)] += 1;
+    }
+    assert!(counts[0] >= 2 && counts[1] >= 1, "{counts:?} seeds");
+}
