@@ -8,7 +8,9 @@ use tierwise_cost::units::Bytes;
 /// Plan and run Mixture-of-Experts models on limited VRAM.
 #[derive(Debug, Parser)]
 #[command(name = "tierwise", version, propagate_version = true, max_term_width = 110)]
-#[command(after_help = "Start here:  tierwise demo\nThen:        tierwise doctor; tierwise plan MODEL.gguf; tierwise run MODEL.gguf -p \"Hello\"")]
+#[command(
+    after_help = "Start here:  tierwise demo\nThen:        tierwise doctor; tierwise plan MODEL.gguf; tierwise run MODEL.gguf -p \"Hello\""
+)]
 pub struct Cli {
     /// Print one JSON object on standard output; everything else goes to standard error.
     #[arg(long, global = true)]

@@ -101,14 +101,22 @@ fn unwritable_output_is_refused_and_leaves_nothing() {
 
 #[test]
 fn usage_errors_exit_with_two() {
-    for args in [&["frobnicate"][..], &["run"], &["plan", TINY, "--vram", "24"], &["bench", TINY, "-r", "0"], &["run", TINY, "-p", "x", "--kv", "Q17"]] {
+    for args in [
+        &["frobnicate"][..],
+        &["run"],
+        &["plan", TINY, "--vram", "24"],
+        &["bench", TINY, "-r", "0"],
+        &["run", TINY, "-p", "x", "--kv", "Q17"],
+    ] {
         tierwise(args).assert().code(2);
     }
 }
 
 #[test]
 fn every_verb_has_help_with_an_example() {
-    for verb in ["inspect", "doctor", "plan", "explain", "run", "bench", "logits", "perplexity", "synth", "demo", "completions", "man"] {
+    for verb in
+        ["inspect", "doctor", "plan", "explain", "run", "bench", "logits", "perplexity", "synth", "demo", "completions", "man"]
+    {
         let out = tierwise(&[verb, "--help"]).assert().success().get_output().stdout.clone();
         let text = String::from_utf8_lossy(&out).into_owned();
         assert!(text.contains("Example:") && text.contains(&format!("tierwise {verb}")), "{verb}: {text}");
@@ -168,7 +176,11 @@ fn experts_on_disk_change_the_traffic_but_not_the_text() {
     // The message for an impossible budget names the smallest one that works.
     let out = tierwise(&[&args[..], &["--ram", "1MB"]].concat()).assert().code(1).get_output().stderr.clone();
     let message = String::from_utf8_lossy(&out).into_owned();
-    let smallest = message.split("smallest budget that works is ").nth(1).and_then(|s| s.split(" (").next()).unwrap_or_else(|| panic!("{message}"));
+    let smallest = message
+        .split("smallest budget that works is ")
+        .nth(1)
+        .and_then(|s| s.split(" (").next())
+        .unwrap_or_else(|| panic!("{message}"));
     let smallest = smallest.split(" of ").next().expect("split gives one part").replace(' ', "");
     let some = json(&[&args[..], &["--ram", &smallest]].concat());
     assert_eq!(all["tokens"], some["tokens"]);
@@ -177,7 +189,13 @@ fn experts_on_disk_change_the_traffic_but_not_the_text() {
 
 #[test]
 fn logits_and_routing_have_their_shapes() {
-    let out = tierwise(&["logits", TINY, "--tokens", "-", "--routing", "--json"]).write_stdin("4038 28 766").assert().success().get_output().stdout.clone();
+    let out = tierwise(&["logits", TINY, "--tokens", "-", "--routing", "--json"])
+        .write_stdin("4038 28 766")
+        .assert()
+        .success()
+        .get_output()
+        .stdout
+        .clone();
     let v: Value = serde_json::from_slice(&out).expect("JSON");
     assert_eq!(v["logits"].as_array().map(Vec::len), Some(3));
     assert_eq!(v["logits"][2].as_array().map(Vec::len), Some(4096));
@@ -194,7 +212,10 @@ fn synth_makes_a_model_that_is_inspected_and_run() {
     let made = json(&["synth", &config, "--format", "Q8_0", "-o", &file]);
     assert_eq!(made["bytes"], std::fs::metadata(&file).expect("written").len());
     assert_eq!(json(&["inspect", &file])["architecture"], "olmoe");
-    assert_eq!(json(&["run", &file, "-p", "ab", "-n", "4", "--ignore-eos", "--quiet"])["tokens"].as_array().map(Vec::len), Some(4));
+    assert_eq!(
+        json(&["run", &file, "-p", "ab", "-n", "4", "--ignore-eos", "--quiet"])["tokens"].as_array().map(Vec::len),
+        Some(4)
+    );
     let names: Vec<_> = files_in(dir.path()).iter().map(|p| p.file_name().expect("a name").to_os_string()).collect();
     assert_eq!(names.len(), 2, "no temporary files stay: {names:?}");
 }
@@ -224,7 +245,11 @@ fn bench_reports_medians_and_limits() {
 #[test]
 fn perplexity_is_finite_and_repeats() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let text = write(dir.path(), "t.txt", "The common people swarm like summer flies; and whither fly the gnats but to the sun?\n".repeat(8).as_bytes());
+    let text = write(
+        dir.path(),
+        "t.txt",
+        "The common people swarm like summer flies; and whither fly the gnats but to the sun?\n".repeat(8).as_bytes(),
+    );
     let v = json(&["perplexity", TINY, "--text", &text, "--window", "64"]);
     assert!(v["perplexity"].as_f64().is_some_and(|p| p > 1.0 && p < 4096.0), "{v}");
     assert_eq!(v["perplexity"], json(&["perplexity", TINY, "--text", &text, "--window", "64"])["perplexity"]);

@@ -245,7 +245,13 @@ impl Bytes {
     pub fn rounded_up(self) -> Self {
         let unit = (0..=4u32).map(|i| 1u64 << (10 * i)).rfind(|u| self.0 >= *u).unwrap_or(1);
         let whole = self.0 / unit;
-        let digits = if whole < 10 { 100.0 } else if whole < 100 { 10.0 } else { 1.0 };
+        let digits = if whole < 10 {
+            100.0
+        } else if whole < 100 {
+            10.0
+        } else {
+            1.0
+        };
         let value = (self.0 as f64 / unit as f64 * digits).ceil() / digits;
         Self((value * unit as f64).ceil() as u64)
     }

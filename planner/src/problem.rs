@@ -157,7 +157,8 @@ impl<'a> Problem<'a> {
 /// Puts the smallest budget that works into an error about room. The lines depend on each other (reserve, staging, slots, which
 /// processor leads), so it is found by trying: feasibility only grows with the budget, and laying a problem out is cheap.
 fn name_smallest(mut error: PlanError, spec: &ModelSpec, machine: &Machine, request: &Request) -> PlanError {
-    let (PlanError::NoRoom { memory, smallest, hint, .. } | PlanError::ExpertsDoNotFit { memory, smallest, hint, .. }) = &mut error
+    let (PlanError::NoRoom { memory, smallest, hint, .. } | PlanError::ExpertsDoNotFit { memory, smallest, hint, .. }) =
+        &mut error
     else {
         return error;
     };

@@ -16,14 +16,18 @@ pub fn run(args: &ExplainArgs, ui: &Ui) -> Result<()> {
     let value = json!({ "model": plan.model, "machine": plan.machine, "reasons": reasons, "provenance": plan.provenance, "budgets": plan.budgets });
     ui.result(&value, || {
         let rows = reasons.iter().map(|r| {
-            let layers = if r.num_layers == 1 { r.first_layer.to_string() } else { format!("{}-{}", r.first_layer, r.last_layer) };
+            let layers =
+                if r.num_layers == 1 { r.first_layer.to_string() } else { format!("{}-{}", r.first_layer, r.last_layer) };
             let place = plan.tiers.get(r.tier as usize).map_or_else(String::new, Tier::describe);
             vec![layers, r.experts.to_string(), place, r.bytes.to_string(), r.reason.clone()]
         });
         let mut text = format!("{} on {}\n\n", plan.model.name, plan.machine.name);
         text += &ui::table(&["layers", "experts of each", "place", "bytes", "because"], rows, false);
         text += "\n\nNumbers used\n";
-        let rows = plan.provenance.iter().map(|p| vec![p.what.clone(), p.value.clone(), p.source.clone(), p.note.clone().unwrap_or_default()]);
+        let rows = plan
+            .provenance
+            .iter()
+            .map(|p| vec![p.what.clone(), p.value.clone(), p.source.clone(), p.note.clone().unwrap_or_default()]);
         text += &ui::table(&["what", "value", "source", "note"], rows, false);
         text
     })

@@ -14,7 +14,9 @@ pub fn run(args: &InspectArgs, ui: &Ui) -> Result<()> {
     let source = model::open(&args.model.model)?;
     let spec = model::spec(&source, args.model.format.as_deref(), args.model.layers)?;
     let origin = match &source {
-        ModelSource::Gguf { gguf, .. } => format!("{} ({} in {} files)", gguf.path().display(), Bytes(gguf.total_bytes()), gguf.part_paths().len()),
+        ModelSource::Gguf { gguf, .. } => {
+            format!("{} ({} in {} files)", gguf.path().display(), Bytes(gguf.total_bytes()), gguf.part_paths().len())
+        }
         ModelSource::Folder(f) => f.weights().path().display().to_string(),
         ModelSource::Description { origin, .. } => format!("{origin}, no weights; sizes as {}", spec.format_name),
     };
@@ -101,7 +103,10 @@ fn to_text(spec: &ModelSpec, origin: &str, tensors: bool) -> String {
     text += &format!("\n{}\n", ui::table(&["format", "bytes", "share"], formats, true));
     text += &format!("\n{}", layer_table(spec));
     if tensors {
-        let rows = spec.tensors.iter().map(|t| vec![t.name.clone(), format!("{:?}", t.shape), t.format.to_string(), t.bytes.to_string()]);
+        let rows = spec
+            .tensors
+            .iter()
+            .map(|t| vec![t.name.clone(), format!("{:?}", t.shape), t.format.to_string(), t.bytes.to_string()]);
         text += &format!("\n\n{}", ui::table(&["tensor", "shape", "format", "bytes"], rows, false));
     }
     text

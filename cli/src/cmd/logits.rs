@@ -55,7 +55,10 @@ fn by_layer(captured: &[CapturedRouting], num_layers: usize) -> (Value, Value) {
 fn parse_ids(text: &str) -> Result<Vec<u32>> {
     let ids: Vec<u32> = text
         .split_whitespace()
-        .map(|word| word.parse().with_context(|| format!("--tokens: {word:?} is not a token id; expected whole numbers separated by white space")))
+        .map(|word| {
+            word.parse()
+                .with_context(|| format!("--tokens: {word:?} is not a token id; expected whole numbers separated by white space"))
+        })
         .collect::<Result<_>>()?;
     if ids.is_empty() {
         bail!("--tokens: no ids found; expected whole numbers separated by white space");

@@ -51,7 +51,14 @@ pub struct Generated {
 /// Prefill, then one token at a time, printed as they come.
 pub fn generate(loaded: &mut Loaded, prompt: &[u32], args: &SamplingArgs, ignore_eos: bool, ui: &Ui) -> Result<Generated> {
     let seed = args.seed.unwrap_or_else(clock_seed);
-    let config = SamplerConfig { temperature: args.temp, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p, seed, ..SamplerConfig::default() };
+    let config = SamplerConfig {
+        temperature: args.temp,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        seed,
+        ..SamplerConfig::default()
+    };
     let mut sampler = Sampler::new(config)?;
     let Loaded { session, tokenizer, .. } = loaded;
     let tokenizer = tokenizer.as_ref().map_err(|e| anyhow::anyhow!("{e}"))?;
@@ -155,12 +162,19 @@ pub fn report_text(loaded: &Loaded, prompt: &[u32], g: &Generated) -> String {
     let p = &loaded.plan.plan().predicted;
     let limit = loaded.decode_limit(middle(prompt, g));
     let decode = rate(statistics.decode_tokens, g.decode_s);
-    let interval = |i: &tierwise_planner::plan::Interval| format!("{} ({} to {})", number(i.value), number(i.low), number(i.high));
+    let interval =
+        |i: &tierwise_planner::plan::Interval| format!("{} ({} to {})", number(i.value), number(i.low), number(i.high));
     let mut text = ui::table(
         &["tokens/s", "predicted", "measured", "memory limit", "of limit"],
         [
             vec!["decode".into(), interval(&p.decode_tokens_per_s), number(decode), number(limit), ui::percent(decode / limit)],
-            vec!["prefill".into(), interval(&p.prefill_tokens_per_s), number(rate(prompt.len(), g.prefill_s)), "-".into(), "-".into()],
+            vec![
+                "prefill".into(),
+                interval(&p.prefill_tokens_per_s),
+                number(rate(prompt.len(), g.prefill_s)),
+                "-".into(),
+                "-".into(),
+            ],
         ],
         true,
     );
