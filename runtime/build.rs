@@ -1,5 +1,5 @@
-//! Lists `configs/models/*.toml` and `configs/machines/*.toml`, so that their texts are part of the binary: an installed
-//! `tierwise` knows them without a copy of the repository.
+//! Lists the models, machines and workloads of `configs/`, so that their texts are part of the binary: an installed `tierwise`
+//! knows them without a copy of the repository.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ fn main() {
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     println!("cargo::rerun-if-changed=build.rs");
     let mut code = String::new();
-    for (constant, folder) in [("MODELS", "models"), ("MACHINES", "machines")] {
+    for (constant, folder) in [("MODELS", "models"), ("MACHINES", "machines"), ("WORKLOADS", "workloads")] {
         let folder = configs.join(folder);
         // A path that does not exist would make every build run this again; its parent changes when it appears.
         let watched = if folder.is_dir() { &folder } else { &configs };

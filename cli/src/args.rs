@@ -108,18 +108,24 @@ pub struct PlanningArgs {
     /// Machine: a TOML file or the name of a built-in one; this machine when absent.
     #[arg(long, value_name = "M")]
     pub machine: Option<String>,
+    /// Workload: a TOML file or a built-in name (chat, batch8, coding-agent, summarise); the flags below change its fields.
+    #[arg(long, value_name = "W")]
+    pub workload: Option<String>,
     /// Tokens of context to reserve the cache for. [default: 4096, or the model's own if smaller]
     #[arg(long, value_name = "N")]
     pub context: Option<u32>,
-    /// Sequences decoded together.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub batch: u32,
-    /// Tokens computed together in prefill.
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub chunk: u32,
-    /// Format of cached keys and values.
-    #[arg(long, value_name = "FORMAT", default_value_t = QuantFormat::F16)]
-    pub kv: QuantFormat,
+    /// Sequences decoded together. [default: 1]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<u32>,
+    /// Tokens computed together in prefill. [default: 512]
+    #[arg(long, value_name = "N")]
+    pub chunk: Option<u32>,
+    /// Tokens of a typical prompt, for the time to the first token. [default: 512]
+    #[arg(long, value_name = "N")]
+    pub prompt_tokens: Option<u32>,
+    /// Format of cached keys and values: F32, F16, BF16 or Q8_0. [default: F16]
+    #[arg(long, value_name = "FORMAT")]
+    pub kv: Option<QuantFormat>,
     /// GPU memory to use at most.
     #[arg(long, value_name = "SIZE")]
     pub vram: Option<Bytes>,
@@ -132,9 +138,9 @@ pub struct PlanningArgs {
     /// Disk space for experts to use at most.
     #[arg(long, value_name = "SIZE")]
     pub disk: Option<Bytes>,
-    /// What to make fast.
-    #[arg(long, value_enum, default_value_t = ObjectiveArg::Decode)]
-    pub objective: ObjectiveArg,
+    /// What to make fast. [default: decode]
+    #[arg(long, value_enum)]
+    pub objective: Option<ObjectiveArg>,
     /// How to search.
     #[arg(long, value_enum, default_value_t = SolverArg::Auto)]
     pub solver: SolverArg,

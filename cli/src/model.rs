@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use tierwise_cost::machine::Machine;
 use tierwise_cost::model::ModelSpec;
 use tierwise_cost::recipe::Recipe;
+use tierwise_planner::Workload;
 use tierwise_runtime::import::ModelSource;
 use tierwise_runtime::import::configs::{self, Kind};
 use tierwise_runtime::probe::{ProbeOptions, probe_machine};
@@ -50,15 +51,23 @@ pub fn machine(name: Option<&str>, threads: Option<usize>) -> Result<(Machine, S
         let options = ProbeOptions { threads, ..ProbeOptions::default() };
         return Ok((probe_machine(options)?, "this machine, probed quickly".to_string()));
     };
-    let path = Path::new(name);
-    if path.is_file() {
-        return Ok((machine_from_file(path)?, name.to_string()));
+    let (text, origin) = text_of(Kind::Machine, name)?;
+    Ok((Machine::from_toml(&text).with_context(|| origin.clone())?, origin))
+}
+
+/// A workload by file or name.
+pub fn workload(name: &str) -> Result<Workload> {
+    let (text, origin) = text_of(Kind::Workload, name)?;
+    Workload::from_toml(&text).with_context(|| origin)
+}
+
+/// The text of a description by file or name, and where it is from.
+fn text_of(kind: Kind, name: &str) -> Result<(String, String)> {
+    if name.contains(['/', '\\']) || Path::new(name).is_file() {
+        return Ok((std::fs::read_to_string(name).with_context(|| format!("cannot read {name}"))?, name.to_string()));
     }
-    if name.contains('/') {
-        bail!("cannot read machine {name}: no such file");
-    }
-    let found = configs::find(Kind::Machine, name, configs_dir().as_deref())?;
-    Ok((Machine::from_toml(&found.text).with_context(|| found.origin.clone())?, found.origin))
+    let found = configs::find(kind, name, configs_dir().as_deref())?;
+    Ok((found.text.into_owned(), found.origin))
 }
 
 fn machine_from_file(path: &Path) -> Result<Machine> {

@@ -9,7 +9,7 @@ use std::time::Instant;
 use tierwise_cost::cost::Roofline;
 use tierwise_cost::model::ModelSpec;
 use tierwise_planner::explain::tier_table;
-use tierwise_planner::{Limits, Objective, Plan, Popularity, Problem, Request, SolverKind, make_plan};
+use tierwise_planner::{Limits, Objective, Plan, Problem, Request, SolverKind, make_plan};
 use tierwise_runtime::atomic_file::write_atomic;
 
 pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
@@ -18,7 +18,7 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
     let (machine, origin) = model::machine(args.planning.machine.as_deref(), None)?;
     ui.detail(format!("machine: {} ({origin})", machine.name));
     let started = Instant::now();
-    let problem = Problem::new(&spec, &machine, request(&args.planning, &spec))?;
+    let problem = Problem::new(&spec, &machine, request(&args.planning, &spec)?)?;
     let plan = make_plan(&problem, &Roofline::default(), solver(args.planning.solver))?;
     let solve_time_s = started.elapsed().as_secs_f64();
     if let Some(path) = &args.output {
@@ -38,25 +38,30 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
     })
 }
 
-/// The request that the flags describe; the context defaults to what the model can take.
-pub fn request(args: &PlanningArgs, spec: &ModelSpec) -> Request {
-    let context = args.context.unwrap_or_else(|| default_context(spec));
-    let defaults = Request::default();
-    Request {
-        context,
-        batch: args.batch,
-        chunk_tokens: args.chunk,
-        prompt_tokens: defaults.prompt_tokens.min(context),
-        kv_format: args.kv,
-        objective: match args.objective {
-            ObjectiveArg::Decode => Objective::Decode,
-            ObjectiveArg::Prefill => Objective::Prefill,
-            ObjectiveArg::Mix => Objective::Mix,
-        },
-        limits: Limits { vram: args.vram, ram: args.ram, cxl: args.cxl, disk: args.disk },
-        popularity: Popularity::Uniform,
-        ..defaults
+/// The workload, changed by the flags; without one the context defaults to what the model can take.
+fn request(args: &PlanningArgs, spec: &ModelSpec) -> Result<Request> {
+    let mut request = match &args.workload {
+        Some(name) => model::workload(name)?.request,
+        None => Request { context: default_context(spec), ..Request::default() },
+    };
+    let set = |field: &mut u32, flag: Option<u32>| *field = flag.unwrap_or(*field);
+    set(&mut request.context, args.context);
+    set(&mut request.batch, args.batch);
+    set(&mut request.chunk_tokens, args.chunk);
+    set(&mut request.prompt_tokens, args.prompt_tokens);
+    if args.prompt_tokens.is_none() {
+        request.prompt_tokens = request.prompt_tokens.min(request.context);
     }
+    request.kv_format = args.kv.unwrap_or(request.kv_format);
+    request.objective = match args.objective {
+        None => request.objective,
+        Some(ObjectiveArg::Decode) => Objective::Decode,
+        Some(ObjectiveArg::Prefill) => Objective::Prefill,
+        Some(ObjectiveArg::Mix) => Objective::Mix,
+    };
+    let l = request.limits;
+    request.limits = Limits { vram: args.vram.or(l.vram), ram: args.ram.or(l.ram), cxl: args.cxl.or(l.cxl), disk: args.disk.or(l.disk) };
+    Ok(request)
 }
 
 /// 4096 tokens, or what the model was made for if that is less.

@@ -1,4 +1,4 @@
-//! Descriptions of models and machines by name: those in a folder of the user's, then those built into the binary.
+//! Descriptions of models, machines and workloads by name: those in a folder of the user's, then those built into the binary.
 
 use crate::error::{Result, RuntimeError};
 use std::borrow::Cow;
@@ -13,6 +13,8 @@ pub enum Kind {
     Model,
     /// `configs/machines/*.toml`.
     Machine,
+    /// `configs/workloads/*.toml`.
+    Workload,
 }
 
 impl Kind {
@@ -21,6 +23,7 @@ impl Kind {
         match self {
             Self::Model => MODELS,
             Self::Machine => MACHINES,
+            Self::Workload => WORKLOADS,
         }
     }
 
@@ -28,6 +31,7 @@ impl Kind {
         match self {
             Self::Model => "models",
             Self::Machine => "machines",
+            Self::Workload => "workloads",
         }
     }
 
@@ -35,6 +39,7 @@ impl Kind {
         match self {
             Self::Model => "model",
             Self::Machine => "machine",
+            Self::Workload => "workload",
         }
     }
 }
@@ -48,7 +53,7 @@ pub struct Found {
     pub text: Cow<'static, str>,
 }
 
-/// The description called `name` (case does not matter, `.toml` may be added): from `<configs_dir>/models` (or `machines`) if
+/// The description called `name` (case does not matter, `.toml` may be added): from `<configs_dir>/models` (or `machines`, `workloads`) if
 /// there is one, else built in.
 ///
 /// # Errors
