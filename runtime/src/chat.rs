@@ -65,7 +65,7 @@ impl ChatTemplate {
         unix_seconds: impl Fn() -> u64 + Send + Sync + 'static,
     ) -> Result<Self> {
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(failed)?;
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failed(&e))?;
         environment.set_syntax(syntax);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -82,7 +82,7 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, format!("the template refuses these messages: {message}")))
         });
         environment.add_function("strftime_now", move |format: String| python::strftime(&format, unix_seconds()));
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(failed)?;
+        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|e| failed(&e))?;
         Ok(Self { environment, bos: bos.map(str::to_owned), eos: eos.map(str::to_owned) })
     }
 
@@ -136,7 +136,7 @@ impl ChatTemplate {
         // could bring about; nothing that outlives the call is touched before.
         let render = || self.environment.get_template(NAME)?.render(Value::from(Serde(&context)));
         match std::panic::catch_unwind(std::panic::AssertUnwindSafe(render)) {
-            Ok(rendered) => rendered.map_err(failed),
+            Ok(rendered) => rendered.map_err(|e| failed(&e)),
             Err(_) => Err(RuntimeError::Template(
                 "the template engine cannot run it: a fault of the engine, not of the model".to_owned(),
             )),
@@ -145,9 +145,9 @@ impl ChatTemplate {
 }
 
 /// The message with its causes: the innermost says what a template's `raise_exception` said.
-fn failed(error: Error) -> RuntimeError {
+fn failed(error: &Error) -> RuntimeError {
     let mut message = error.to_string();
-    let mut cause = std::error::Error::source(&error);
+    let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
         message.push_str(&format!(": {inner}"));
         cause = inner.source();
@@ -156,6 +156,7 @@ fn failed(error: Error) -> RuntimeError {
 }
 
 /// `json.dumps` with the options that templates use.
+#[allow(clippy::needless_pass_by_value)] // the form of minijinja's filters
 fn tojson(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<String, Error> {
     let indent = options.get::<Option<usize>>("indent")?.or(indent);
     let separators = options.get::<Option<Vec<String>>>("separators")?;

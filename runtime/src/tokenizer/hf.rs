@@ -7,7 +7,7 @@
 
 use super::Tokenizer;
 use super::bytes::{byte_level_piece, byte_token_value};
-use super::pipeline::{Pipeline, Words, library_error};
+use super::pipeline::{Library, Pipeline, Words, library_error};
 use super::spm::BLANK;
 use super::vocab::{TokenKind, stop_ids};
 use crate::error::{Result, RuntimeError};
@@ -96,11 +96,11 @@ pub(super) fn load(folder: &Path) -> Result<Tokenizer> {
     let with_special = library.get_added_vocabulary().clone();
     let mut without_special = with_special.clone();
     without_special.set_encode_special_tokens(true);
-    let words = Words::Library {
+    let words = Words::Library(Box::new(Library {
         normalizer: library.get_normalizer().cloned(),
         pre_tokenizer: library.get_pre_tokenizer().cloned(),
-        model: Box::new(library.get_model().clone()),
-    };
+        model: library.get_model().clone(),
+    }));
     Ok(Tokenizer {
         // A normalizer may change the number of bytes, so it cannot be compared; the library's models all have a
         // fallback or an unknown token.

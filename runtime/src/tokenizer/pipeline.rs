@@ -23,9 +23,16 @@ use tokenizers::{
 /// What turns the text between special tokens into ids.
 pub(super) enum Words {
     /// The `tokenizers` crate.
-    Library { normalizer: Option<NormalizerWrapper>, pre_tokenizer: Option<PreTokenizerWrapper>, model: Box<ModelWrapper> },
+    Library(Box<Library>),
     /// Merges by score.
     SentencePiece(SpmModel),
+}
+
+/// The parts of the crate's tokenizer that work on the text between special tokens.
+pub(super) struct Library {
+    pub normalizer: Option<NormalizerWrapper>,
+    pub pre_tokenizer: Option<PreTokenizerWrapper>,
+    pub model: ModelWrapper,
 }
 
 /// Text to ids, without BOS and EOS.
@@ -72,11 +79,11 @@ impl Pipeline {
             .ignore_merges(pre.ignore_merges)
             .build()
             .map_err(|e| library_error(&data.origin, e))?;
-        let words = Words::Library {
+        let words = Words::Library(Box::new(Library {
             normalizer: None,
             pre_tokenizer: Some(PreTokenizerWrapper::Sequence(Sequence::new(parts))),
-            model: Box::new(ModelWrapper::BPE(model)),
-        };
+            model: ModelWrapper::BPE(model),
+        }));
         let (with_special, without_special) = added_tokens(data)?;
         Ok(Self { words, with_special, without_special, may_lose_bytes })
     }
@@ -92,7 +99,8 @@ impl Pipeline {
         let added = if parse_special { &self.with_special } else { &self.without_special };
         let mut ids = Vec::new();
         match &self.words {
-            Words::Library { normalizer, pre_tokenizer, model } => {
+            Words::Library(library) => {
+                let Library { normalizer, pre_tokenizer, model } = &**library;
                 let failed = |e| library_error("cannot encode the text", e);
                 let mut pieces = added.extract_and_normalize(normalizer.as_ref(), text);
                 if let Some(pre_tokenizer) = pre_tokenizer {

@@ -281,10 +281,10 @@ pub(super) fn stop_ids(
         all.remove(&end);
     }
     // Gemma 4 and PLaMo have "</s>" as ordinary markup.
-    if has("<|tool_response>") || has("<|plamo:eos|>") {
-        if let Some(s) = id_of("</s>") {
-            all.remove(&s);
-        }
+    if (has("<|tool_response>") || has("<|plamo:eos|>"))
+        && let Some(s) = id_of("</s>")
+    {
+        all.remove(&s);
     }
     (all, by_name)
 }
