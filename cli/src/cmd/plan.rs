@@ -60,7 +60,8 @@ fn request(args: &PlanningArgs, spec: &ModelSpec) -> Result<Request> {
         Some(ObjectiveArg::Mix) => Objective::Mix,
     };
     let l = request.limits;
-    request.limits = Limits { vram: args.vram.or(l.vram), ram: args.ram.or(l.ram), cxl: args.cxl.or(l.cxl), disk: args.disk.or(l.disk) };
+    request.limits =
+        Limits { vram: args.vram.or(l.vram), ram: args.ram.or(l.ram), cxl: args.cxl.or(l.cxl), disk: args.disk.or(l.disk) };
     Ok(request)
 }
 
