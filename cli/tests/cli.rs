@@ -73,7 +73,7 @@ fn bad_input_gets_one_clear_message() {
     fails(&["plan", TINY, "--context", "9999999"], &["context", "1024"]);
     fails(&["run", TINY, "-p", &long, "--context", "256"], &["256", "--context"]);
     fails(&["run", TINY, "-p", "x", "--context", "0"], &["context"]);
-    fails(&["run", TINY, "-p", "x", "--temp", "-1"], &["temperature"]);
+    fails(&["run", TINY, "-p", "x", "--temp=-1"], &["temperature"]);
     fails(&["run", TINY, "-p", ""], &["empty"]);
     fails(&["run", TINY, "-p", "x", "--device", "cuda"], &["cuda", "--device cpu"]);
     fails(&["run", TINY, "-p", "x", "--threads", "0"], &["--threads"]);

@@ -55,7 +55,7 @@ impl<'a> Problem<'a> {
     /// # Errors
     /// [`PlanError::BadRequest`], [`PlanError::NoRoom`] naming the line that does not fit, [`PlanError::ExpertsDoNotFit`].
     pub fn new(spec: &'a ModelSpec, machine: &'a Machine, request: Request) -> Result<Self, PlanError> {
-        Self::lay_out(spec, machine, request.clone()).map_err(|e| name_smallest(e, spec, machine, &request))
+        Self::lay_out(spec, machine, request.clone()).map_err(|e| name_smallest(e, spec, machine, request))
     }
 
     fn lay_out(spec: &'a ModelSpec, machine: &'a Machine, request: Request) -> Result<Self, PlanError> {
@@ -156,7 +156,7 @@ impl<'a> Problem<'a> {
 
 /// Puts the smallest budget that works into an error about room. The lines depend on each other (reserve, staging, slots, which
 /// processor leads), so it is found by trying: feasibility only grows with the budget, and laying a problem out is cheap.
-fn name_smallest(mut error: PlanError, spec: &ModelSpec, machine: &Machine, request: &Request) -> PlanError {
+fn name_smallest(mut error: PlanError, spec: &ModelSpec, machine: &Machine, mut request: Request) -> PlanError {
     let (PlanError::NoRoom { memory, smallest, hint, .. } | PlanError::ExpertsDoNotFit { memory, smallest, hint, .. }) =
         &mut error
     else {
@@ -164,12 +164,11 @@ fn name_smallest(mut error: PlanError, spec: &ModelSpec, machine: &Machine, requ
     };
     let kind = machine.memories[index_of(machine, memory)].kind;
     let installed = machine.memories_of(kind).map(|m| m.capacity.value.0).sum();
-    let works = |bytes: u64| {
-        let mut larger = request.clone();
-        larger.limits.set(kind, Bytes(bytes));
-        Problem::lay_out(spec, machine, larger).is_ok()
-    };
     let (mut fails, mut enough) = (request.limits.of(kind).map_or(0, |b| b.0), installed);
+    let mut works = |bytes: u64| {
+        request.limits.set(kind, Bytes(bytes));
+        Problem::lay_out(spec, machine, request.clone()).is_ok()
+    };
     if fails >= enough || !works(enough) {
         return error;
     }

@@ -317,11 +317,8 @@ proptest! {
     }
 }
 
-/// Makes the small files that fuzzing starts from: `cargo test --test gguf_broken -- --ignored`.
-#[test]
-#[ignore = "writes into the source folder"]
-fn write_fuzz_seeds() {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/gguf");
+/// Makes the small files that fuzzing starts from.
+fn write_fuzz_seeds(folder: &Path) {
     let alignment = entry("general.alignment", U32, &64u32.to_le_bytes());
     let split =
         [("split.no", 0u32), ("split.count", 3), ("split.tensors.count", 9)].map(|(k, v)| entry(k, U32, &v.to_le_bytes()));
@@ -349,10 +346,14 @@ fn write_fuzz_seeds() {
     }
 }
 
-/// The files that fuzzing starts from, and those it once found: `ok-*` must be read, `bad-*` refused.
+/// The files that fuzzing starts from, and those it once found: `ok-*` must be read, `bad-*` refused. `UPDATE_GOLDEN=1` writes
+/// them anew first.
 #[test]
 fn fuzz_seeds() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/gguf");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        write_fuzz_seeds(&folder);
+    }
     let mut counts = [0, 0];
     for file in std::fs::read_dir(&folder).unwrap() {
         let path = file.unwrap().path();
