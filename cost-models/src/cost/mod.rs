@@ -1,6 +1,6 @@
 //! What an operation or a transfer costs: bytes and operations first, then seconds with the source of the estimate.
 //!
-//! [`work`] counts bytes and operations (the one place that does), [`Roofline`] turns them into seconds on a machine that nobody
+//! `work` counts bytes and operations (the one place that does), [`Roofline`] turns them into seconds on a machine that nobody
 //! measured. Measured tables come later, behind the same trait.
 
 mod roofline;

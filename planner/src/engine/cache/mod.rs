@@ -1,4 +1,4 @@
-//! Cache policies: who has to go. The mechanism ([`super::expert_cache`]) knows what may go.
+//! Cache policies: who has to go. The mechanism (`engine::expert_cache`) knows what may go.
 //!
 //! A new policy: one file, one variant of [`CachePolicyKind`], one arm in [`build`]; the policy suite in `tests` then holds it to the
 //! rules.
