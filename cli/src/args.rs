@@ -261,6 +261,9 @@ pub struct RunArgs {
     /// Wrap the prompt in the model's chat template.
     #[arg(long)]
     pub chat: bool,
+    /// With --chat: use the ChatML form instead of the model's own template.
+    #[arg(long, requires = "chat")]
+    pub chatml: bool,
     /// System message for --chat.
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,

@@ -73,6 +73,8 @@ fn bad_input_gets_one_clear_message() {
     fails(&["plan", TINY, "--context", "9999999"], &["context", "1024"]);
     fails(&["run", TINY, "-p", &long, "--context", "256"], &["256", "--context"]);
     fails(&["run", TINY, "-p", "x", "--context", "0"], &["context"]);
+    fails(&["run", TINY, "-p", "x", "--chat"], &["chat template", "--chatml"]);
+    fails(&["run", TINY, "-p", "x", "--kv", "Q8_0"], &["Q8_0", "F16 or F32"]);
     fails(&["run", TINY, "-p", "x", "--temp=-1"], &["temperature"]);
     fails(&["run", TINY, "-p", ""], &["empty"]);
     fails(&["run", TINY, "-p", "x", "--device", "cuda"], &["cuda", "--device cpu"]);
@@ -167,6 +169,14 @@ fn run_follows_a_saved_plan_and_repeats_with_a_seed() {
     assert_eq!(a["tokens"].as_array().expect("a list").len(), 24);
     let text = String::from_utf8(tierwise(&args).assert().success().get_output().stdout.clone()).expect("text");
     assert_eq!(text.trim_end_matches('\n'), a["text"].as_str().expect("text").trim_end_matches('\n'));
+}
+
+#[test]
+fn chat_form_is_applied_when_asked_for() {
+    let plain = json(&["run", TINY, "-p", "hi", "-n", "2", "--quiet", "--temp", "0"]);
+    let chat =
+        json(&["run", TINY, "-p", "hi", "-n", "2", "--quiet", "--temp", "0", "--chat", "--chatml", "--system", "Be brief."]);
+    assert!(chat["prompt_tokens"].as_u64() > plain["prompt_tokens"].as_u64());
 }
 
 #[test]

@@ -90,7 +90,7 @@ impl ChatTemplate {
     pub fn from_tokenizer(tokenizer: &Tokenizer) -> Result<Self> {
         let source = tokenizer.chat_template().ok_or_else(|| {
             RuntimeError::Template(
-                "the model has none (tokenizer.chat_template); it may be a base model: give it plain text, or ask for ChatML"
+                "the model has none (tokenizer.chat_template); it may be a base model: give it plain text, or ask for ChatML with --chatml"
                     .to_owned(),
             )
         })?;

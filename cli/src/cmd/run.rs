@@ -15,17 +15,17 @@ use tierwise_runtime::tokenizer::{AddSpecial, StreamDecoder};
 pub fn run(args: &RunArgs, ui: &Ui) -> Result<()> {
     let prompt = if args.prompt == "-" { read_text("-")? } else { args.prompt.clone() };
     let mut loaded = Loaded::open(&args.exec, None, false, ui)?;
-    let tokens = encode(&loaded, &prompt, args.chat, args.system.as_deref())?;
+    let tokens = encode(&loaded, &prompt, args)?;
     let generated = generate(&mut loaded, &tokens, &args.sampling, args.ignore_eos, ui)?;
     finish(&loaded, &tokens, &generated, args.report, ui)
 }
 
 /// Token ids of a prompt, in the model's chat form if asked.
-fn encode(loaded: &Loaded, prompt: &str, chat: bool, system: Option<&str>) -> Result<Vec<u32>> {
+fn encode(loaded: &Loaded, prompt: &str, args: &RunArgs) -> Result<Vec<u32>> {
     let tokenizer = loaded.tokenizer()?;
-    let tokens = if chat {
-        let template = ChatTemplate::from_tokenizer(tokenizer)?;
-        let mut messages: Vec<Message> = system.map(|s| Message::new("system", s)).into_iter().collect();
+    let tokens = if args.chat {
+        let template = if args.chatml { ChatTemplate::chatml() } else { ChatTemplate::from_tokenizer(tokenizer)? };
+        let mut messages: Vec<Message> = args.system.as_deref().map(|s| Message::new("system", s)).into_iter().collect();
         messages.push(Message::new("user", prompt));
         tokenizer.encode(&template.render(&messages, None, true)?, AddSpecial::Never, true)?
     } else {
