@@ -1,5 +1,7 @@
 //! The `tierwise` command: arguments, tables, progress. Decisions and execution live in the library crates.
 
+#![forbid(unsafe_code)]
+
 mod args;
 mod cmd;
 mod loaded;

@@ -10,6 +10,8 @@
 //! * [`cost`]: seconds for an operation or a transfer, with the source of the estimate.
 //! * [`units`]: newtypes for bytes, rates and times, and their text forms (`"24 GiB"`, `"64 GB/s"`).
 
+#![forbid(unsafe_code)]
+
 pub mod cost;
 pub mod error;
 pub mod machine;

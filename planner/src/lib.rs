@@ -7,6 +7,8 @@
 //! * [`plan`]: the plan file; [`check`]: the only way to a [`CheckedPlan`]; [`explain`]: why each expert is where it is.
 //! * [`engine`]: the run-time brain; [`sim`]: its driver on a virtual clock.
 
+#![forbid(unsafe_code)]
+
 pub mod budget;
 pub mod check;
 pub mod engine;

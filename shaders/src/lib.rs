@@ -3,6 +3,8 @@
 //! A back-end never spells an entry point or a binding number: it takes them from [`Shader`]. The tests hold each description
 //! against its source (reflected by naga), so the two cannot drift apart, and validate every source offline.
 
+#![forbid(unsafe_code)]
+
 use tierwise_cost::quant::QuantFormat;
 
 /// How a binding is accessed.

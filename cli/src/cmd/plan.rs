@@ -25,6 +25,8 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
         write_atomic(path, plan.to_json().as_bytes())?;
     }
     let mut value = serde_json::to_value(&plan).context("plan to JSON")?;
+    // The name in the contract of the command line; seconds, as everywhere.
+    value["predicted"]["ttft"] = value["predicted"]["ttft_s"].clone();
     value["solve_time_s"] = json!(solve_time_s);
     value["machine_origin"] = json!(origin);
     value["plan_file"] = json!(args.output);
