@@ -58,6 +58,9 @@ impl Loaded {
             None => plan_for(model.spec(), &machine, args, min_context)?.check(model.spec(), Some(&machine))?,
         };
         ui.note(format!("{}; {threads} threads; {}", device_line(&device), place_line(&plan)));
+        if plan.batch() > 1 {
+            ui.note(format!("the plan is for {} sequences decoded together; this version runs one at a time", plan.batch()));
+        }
         let session = Session::open(model, &plan, SessionConfig { threads, capture_routing, record: false })?;
         Ok(Self { session, tokenizer, plan, machine, device, threads })
     }
