@@ -205,7 +205,7 @@ pub struct ExecArgs {
     /// Host memory to use at most; experts beyond it are read from disk when they are needed.
     #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
     pub ram: Option<Bytes>,
-    /// GPU memory to use at most. No GPU executes in this version: the budget is checked, then unused.
+    /// GPU memory to use at most. No GPU executes models in this version: it is noted that the budget is not used.
     #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
     pub vram: Option<Bytes>,
     /// Format of cached keys and values.

@@ -41,6 +41,7 @@ impl Loaded {
         };
         let device = choice.resolve()?;
         let threads = threads(args.threads)?;
+        check_vram(args.vram, ui)?;
         let source = model::open(&args.model)?;
         if !source.has_weights() {
             bail!(
@@ -99,6 +100,20 @@ fn place_line(plan: &CheckedPlan) -> String {
     }
 }
 
+/// No GPU executes in this version, so a budget for one is not used; a senseless one is still refused.
+fn check_vram(vram: Option<Bytes>, ui: &Ui) -> Result<()> {
+    match vram {
+        Some(vram) if vram < Bytes::mib(1) && vram > Bytes::ZERO => {
+            bail!("--vram {vram}: too small to hold anything; leave it out to run on the CPU, or give at least 1 MiB")
+        }
+        Some(vram) if vram > Bytes::ZERO => {
+            ui.note(format!("--vram {vram} is not used: no GPU executes models in this version, the CPU does"));
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
 fn threads(asked: Option<usize>) -> Result<usize> {
     match asked {
         Some(0) => bail!("--threads 0: expected at least 1"),
@@ -128,17 +143,12 @@ pub fn plan_for(spec: &ModelSpec, machine: &Machine, args: &ExecArgs, min_contex
         let needed = min_context.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
         default_context(spec).max(needed).min(spec.context_length)
     });
-    if let Some(vram) = args.vram
-        && vram < Bytes::mib(1)
-    {
-        bail!("--vram {vram}: too small to hold anything; leave it out to run on the CPU, or give at least 1 MiB");
-    }
     let request = Request {
         context: wanted,
         chunk_tokens: args.chunk.min(wanted.max(1)),
         prompt_tokens: Request::default().prompt_tokens.min(wanted.max(1)),
         kv_format: args.kv,
-        limits: Limits { ram: args.ram, vram: args.vram, ..Limits::default() },
+        limits: Limits { ram: args.ram, ..Limits::default() },
         ..Request::default()
     };
     let machine = without_gpus(machine);

@@ -88,9 +88,9 @@ fn to_text(spec: &ModelSpec, origin: &str, tensors: bool) -> String {
         text += &format!("  experts       {num_experts} per layer, {top_k} per token, in {} layers\n", spec.moe_layers().count());
     }
     text += &format!(
-        "  parameters    {} B, {} B used per token\n  bytes         {total}, {} read per token; cache {} per token of context (F16)\n",
-        number(spec.total_elements() as f64 / 1e9),
-        number(spec.active_elements_per_token() as f64 / 1e9),
+        "  parameters    {}, {} used per token\n  bytes         {total}, {} read per token; cache {} per token of context (F16)\n",
+        parameters(spec.total_elements()),
+        parameters(spec.active_elements_per_token()),
         spec.active_bytes_per_token(),
         spec.kv_bytes_per_token(QuantFormat::F16),
     );
@@ -110,6 +110,12 @@ fn to_text(spec: &ModelSpec, origin: &str, tensors: bool) -> String {
         text += &format!("\n\n{}", ui::table(&["tensor", "shape", "format", "bytes"], rows, false));
     }
     text
+}
+
+/// A parameter count as people write it: `30.5 B`, `22.2 M`.
+fn parameters(count: u64) -> String {
+    let count = count as f64;
+    if count >= 1e9 { format!("{} B", number(count / 1e9)) } else { format!("{} M", number(count / 1e6)) }
 }
 
 /// Runs of layers that look the same are one row.
