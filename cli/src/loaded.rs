@@ -21,10 +21,13 @@ use tierwise_runtime::tokenizer::Tokenizer;
 /// A model ready to run.
 pub struct Loaded {
     pub session: Session,
-    /// `None` when the files carry none: token ids can still be run.
+    /// Or why there is none: token ids can still be run.
     pub tokenizer: Result<Tokenizer, String>,
     pub plan: CheckedPlan,
+    /// The machine as this build can use it: without its GPUs.
     pub machine: Machine,
+    /// Where its description is from.
+    pub machine_origin: String,
     /// Where it executes, and why there.
     pub device: String,
     pub threads: usize,
@@ -51,8 +54,9 @@ impl Loaded {
             );
         }
         let tokenizer = tokenizer(&source);
-        let (machine, origin) = model::machine(None, Some(threads))?;
-        ui.detail(format!("machine: {} ({origin})", machine.name));
+        let (machine, machine_origin) = model::machine(None, Some(threads))?;
+        ui.detail(format!("machine: {} ({machine_origin})", machine.name));
+        let machine = without_gpus(machine);
         let model = Arc::new(Model::new(source)?);
         let plan = match &args.plan {
             Some(path) => read_plan(path)?.check(model.spec(), None).with_context(|| path.display().to_string())?,
@@ -63,7 +67,7 @@ impl Loaded {
             ui.note(format!("the plan is for {} sequences decoded together; this version runs one at a time", plan.batch()));
         }
         let session = Session::open(model, &plan, SessionConfig { threads, capture_routing, record: false })?;
-        Ok(Self { session, tokenizer, plan, machine, device, threads })
+        Ok(Self { session, tokenizer, plan, machine, machine_origin, device, threads })
     }
 
     /// The tokenizer, or why there is none.
@@ -137,8 +141,8 @@ fn read_plan(path: &Path) -> Result<Plan> {
     Plan::from_json(&text).with_context(|| path.display().to_string())
 }
 
-/// A plan for what this build can execute on this machine: its processors without the GPUs.
-pub fn plan_for(spec: &ModelSpec, machine: &Machine, args: &ExecArgs, min_context: Option<usize>) -> Result<Plan> {
+/// A plan for this machine within the budgets of the flags.
+fn plan_for(spec: &ModelSpec, machine: &Machine, args: &ExecArgs, min_context: Option<usize>) -> Result<Plan> {
     let wanted = args.context.unwrap_or_else(|| {
         let needed = min_context.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
         default_context(spec).max(needed).min(spec.context_length)
@@ -151,13 +155,11 @@ pub fn plan_for(spec: &ModelSpec, machine: &Machine, args: &ExecArgs, min_contex
         limits: Limits { ram: args.ram, ..Limits::default() },
         ..Request::default()
     };
-    let machine = without_gpus(machine);
-    Ok(make_plan(&Problem::new(spec, &machine, request)?, &Roofline::default(), SolverKind::Auto)?)
+    Ok(make_plan(&Problem::new(spec, machine, request)?, &Roofline::default(), SolverKind::Auto)?)
 }
 
 /// The machine as this build can use it.
-fn without_gpus(machine: &Machine) -> Machine {
-    let mut machine = machine.clone();
+fn without_gpus(mut machine: Machine) -> Machine {
     machine.processors.retain(|p| p.kind == ProcessorKind::Cpu);
     let gone: Vec<String> = machine.memories.iter().filter(|m| m.kind == MemoryKind::Vram).map(|m| m.id.clone()).collect();
     machine.memories.retain(|m| m.kind != MemoryKind::Vram);

@@ -46,10 +46,10 @@ pub fn spec(source: &ModelSource, format: Option<&str>, layers: Option<usize>) -
 pub fn machine(name: Option<&str>, threads: Option<usize>) -> Result<(Machine, String)> {
     let Some(name) = name else {
         if let Some(path) = calibrated_file().filter(|p| p.is_file()) {
-            return Ok((machine_from_file(&path)?, format!("this machine, as calibrated in {}", path.display())));
+            return Ok((machine_from_file(&path)?, format!("calibrated in {}", path.display())));
         }
         let options = ProbeOptions { threads, ..ProbeOptions::default() };
-        return Ok((probe_machine(options)?, "this machine, probed quickly".to_string()));
+        return Ok((probe_machine(options)?, "probed quickly".to_string()));
     };
     let (text, origin) = text_of(Kind::Machine, name)?;
     Ok((Machine::from_toml(&text).with_context(|| origin.clone())?, origin))

@@ -172,6 +172,17 @@ fn run_follows_a_saved_plan_and_repeats_with_a_seed() {
 }
 
 #[test]
+fn a_machine_file_with_a_gpu_does_not_keep_the_cpu_from_running() {
+    let cache = tempfile::tempdir().expect("a temporary folder");
+    let folder = cache.path().join("tierwise");
+    std::fs::create_dir(&folder).expect("the temporary folder is writable");
+    write(&folder, "machine.toml", include_bytes!("../../configs/machines/rtx3090-24g-ddr4-64g.toml"));
+    let mut command = tierwise(&["run", TINY, "-p", "x", "-n", "2", "--verbose"]);
+    let out = command.env("XDG_CACHE_HOME", cache.path()).assert().success().get_output().stderr.clone();
+    assert!(String::from_utf8_lossy(&out).contains("calibrated in"));
+}
+
+#[test]
 fn chat_form_is_applied_when_asked_for() {
     let plain = json(&["run", TINY, "-p", "hi", "-n", "2", "--quiet", "--temp", "0"]);
     let chat =

@@ -31,7 +31,7 @@ pub fn run(args: &DemoArgs, ui: &Ui) -> Result<()> {
     };
     ui.note(format!("bundled model: {}", file.display()));
     let mut loaded = Loaded::open(&exec, None, false, ui)?;
-    let plan_text = plan::describe(loaded.plan.plan(), loaded.session.model().spec(), "this machine, probed quickly");
+    let plan_text = plan::describe(loaded.plan.plan(), loaded.session.model().spec(), &loaded.machine_origin);
     if !ui.json {
         ui.out(&format!("\n{plan_text}\nWhat it writes\n{}", args.prompt))?;
     }
