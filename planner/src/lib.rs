@@ -9,19 +9,27 @@
 
 #![forbid(unsafe_code)]
 
+pub mod baselines;
 pub mod budget;
+pub mod capacity;
 pub mod check;
 pub mod engine;
 pub mod error;
 pub mod evaluate;
 pub mod explain;
+pub mod held_out;
 pub mod hits;
 pub mod lower_bound;
 pub mod make;
+pub mod marginal;
 pub mod plan;
+pub mod predict;
 pub mod price;
 pub mod problem;
 pub mod request;
+pub mod routing;
+pub mod scenario;
+pub mod serving;
 pub mod sim;
 pub mod solver;
 

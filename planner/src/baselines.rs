@@ -1,0 +1,1 @@
+//! Placements that other engines would choose, judged by the same prices.

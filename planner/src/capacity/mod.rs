@@ -1,0 +1,1 @@
+//! Capacity studies: what to expect of machines one might buy.

@@ -1,0 +1,1 @@
+//! What one more GiB or GB/s is worth.

@@ -1,0 +1,1 @@
+//! Predicts published runs of other engines from their description.
