@@ -53,6 +53,8 @@ pub struct Problem<'a> {
     pub scenarios: Option<Scenarios>,
     /// Measured miss rates of cache slots per MoE layer, if there is a trace.
     pub miss_curves: Option<Vec<MissCurve>>,
+    /// Seconds that a solver with a clock of its own may take.
+    pub time_limit_s: Option<f64>,
 }
 
 impl<'a> Problem<'a> {
@@ -86,7 +88,7 @@ impl<'a> Problem<'a> {
         }
         let mut tiers = tiers(machine, &main, &capacity);
         drop_needless_disk(machine, &layers, &room, total, &mut tiers);
-        let problem = Self { spec, machine, request, main, tiers, layers, capacity, fixed, room, scenarios: None, miss_curves: None };
+        let problem = Self { spec, machine, request, main, tiers, layers, capacity, fixed, room, scenarios: None, miss_curves: None, time_limit_s: None };
         problem.check_total(total)?;
         Ok(problem)
     }

@@ -44,7 +44,7 @@ fn advance(tier_of: &mut [u8], tiers: u8) -> bool {
 }
 
 /// All placements of one layer that are possible on their own.
-fn layer_options(problem: &Problem<'_>, index: usize) -> Vec<LayerPlacement> {
+pub(super) fn layer_options(problem: &Problem<'_>, index: usize) -> Vec<LayerPlacement> {
     let layer = &problem.layers[index];
     let mut options = Vec::new();
     let mut tier_of = vec![0_u8; layer.num_experts as usize];

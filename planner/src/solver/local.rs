@@ -82,7 +82,6 @@ impl Local {
             let tier_of: Vec<Vec<u8>> = start.layers.iter().map(|l| l.tier_of.clone()).collect();
             let work = self.work / tried as f64;
             let relaxed = relax(&lp, &tier_of, Effort { work, close: CLOSE });
-            if std::env::var("DBG").is_ok() { eprintln!("start slots {} value {} bound {}", start.layers[0].slots, Search::new(&lp, tier_of.clone()).value(), relaxed.bound_s); }
             placements.extend(search(&lp, &relaxed, tier_of, work).map(|t| with_slots(problem, &lp, lp.placement(problem, &t))));
             if least.as_ref().is_none_or(|r| relaxed.bound_s < r.bound_s) {
                 least = Some(relaxed);
@@ -99,7 +98,7 @@ impl Local {
 }
 
 /// Gives the slots that rounding down left over to the layers that lack most of one.
-fn with_slots(problem: &Problem<'_>, lp: &Linear, mut placement: Placement) -> Placement {
+pub(super) fn with_slots(problem: &Problem<'_>, lp: &Linear, mut placement: Placement) -> Placement {
     let Ok(used) = usage(problem, &placement) else { return placement };
     let mut free: Vec<u64> = (0..problem.room.len()).map(|m| problem.room[m].0 - used.resident[m].0 - used.slots[m].0).collect();
     let mut lacking: Vec<(f64, usize, usize, u32)> = Vec::new();
@@ -128,13 +127,11 @@ fn search(lp: &Linear, relaxed: &Relaxed, start: Vec<Vec<u8>>, work: f64) -> Opt
     let mut from_prices = Search::rounded(lp, &relaxed.x);
     from_prices.descend(&relaxed.price, 6);
     for mut s in [Search::rounded(lp, &relaxed.x), from_prices, Search::new(lp, start)] {
-        if std::env::var("DBG").is_ok() { eprintln!("   rounded {}", s.value()); }
         if !s.repair() {
             continue;
         }
-        if std::env::var("DBG").is_ok() { eprintln!("   repaired {}", s.value()); }
         s.improve(work / 6.0);
-        let value = s.value(); if std::env::var("DBG").is_ok() { eprintln!("   search {value}"); }
+        let value = s.value();
         if s.is_feasible() && best.as_ref().is_none_or(|(v, _)| value < *v) {
             best = Some((value, s.tier_of));
         }

@@ -8,6 +8,7 @@ mod counts;
 mod exhaustive;
 mod fill;
 mod greedy;
+mod ilp;
 mod linear;
 mod local;
 mod polish;
@@ -16,6 +17,7 @@ mod search;
 
 pub use exhaustive::Exhaustive;
 pub use greedy::Greedy;
+pub use ilp::Ilp;
 pub use local::Local;
 
 use crate::error::PlanError;
@@ -37,6 +39,8 @@ pub enum SolverKind {
     Greedy,
     /// Greedy, then relaxation, rounding and local search, with a lower bound.
     Local,
+    /// Integer program: exact; large problems need the feature `highs`.
+    Ilp,
     /// Every placement. Tiny problems only.
     Exhaustive,
 }
@@ -48,8 +52,9 @@ impl std::str::FromStr for SolverKind {
             "auto" => Ok(Self::Auto),
             "greedy" => Ok(Self::Greedy),
             "local" => Ok(Self::Local),
+            "ilp" => Ok(Self::Ilp),
             "exhaustive" => Ok(Self::Exhaustive),
-            _ => Err(PlanError::BadRequest { field: "solver", found: s.into(), expected: "auto, greedy, local or exhaustive".into() }),
+            _ => Err(PlanError::BadRequest { field: "solver", found: s.into(), expected: "auto, greedy, local, ilp or exhaustive".into() }),
         }
     }
 }
@@ -95,6 +100,10 @@ pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result
     match kind {
         SolverKind::Greedy => Greedy.solve(problem, prices),
         SolverKind::Local => Local::default().solve(problem, prices),
+        SolverKind::Ilp => {
+            let time_limit_s = problem.time_limit_s.unwrap_or(Ilp::default().time_limit_s);
+            Ilp { time_limit_s, ..Ilp::default() }.solve(problem, prices)
+        }
         SolverKind::Exhaustive => Exhaustive::default().solve(problem, prices),
         SolverKind::Auto => {
             let small = Exhaustive { max_states: 20_000.0 };

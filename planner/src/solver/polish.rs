@@ -52,7 +52,7 @@ pub(super) fn alike(problem: &Problem<'_>, weights: &Weights<'_>, i: usize, j: u
 }
 
 /// Bytes of a layer's experts and slots in each memory. `[memories]`
-fn bytes_of(problem: &Problem<'_>, i: usize, layer: &LayerPlacement) -> Vec<u64> {
+pub(super) fn bytes_of(problem: &Problem<'_>, i: usize, layer: &LayerPlacement) -> Vec<u64> {
     let expert = problem.layers[i].expert_bytes.0;
     let mut experts = vec![0_u64; problem.tiers.len()];
     for t in &layer.tier_of {
