@@ -42,7 +42,7 @@ fn main() {
     }).collect();
     let mut problem = problem.with_scenarios(Scenarios { layers }).unwrap(); problem.time_limit_s = Some(60.0);
     for t in &problem.tiers { println!("  {}", t.describe()); }
-    for kind in [SolverKind::Local, SolverKind::Ilp] {
+    for kind in [SolverKind::Local] {
         let t = Instant::now();
         match make_plan(&problem, &Roofline::default(), kind) {
             Ok(p) => println!("{name:22} {m:28} {kind:?} obj {:.4} ms bound {:.4} gap {:.3} %  {:.2} s {}\n {}", p.objective_s*1e3, p.lower_bound_s*1e3, p.gap*100.0, t.elapsed().as_secs_f64(), p.solver_reason, p.bound_method),

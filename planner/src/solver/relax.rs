@@ -1,7 +1,9 @@
 //! A lower bound and fractions of experts from the convex program, by a first-order primal-dual method.
 //!
 //! min over x max over (mu, lambda): x[l, e, .] mixes tiers, mu[l, s, .] mixes the resources of a step, lambda prices the bytes of a
-//! memory. For any mu and lambda, letting every expert choose its cheapest tier gives a lower bound (Lagrange), computed exactly in
+//! memory. A processor's round trip is paid in full once any of its experts is active: it is the largest of their shares there, so
+//! a processor with one appears once for every active expert in a step's mix (in small steps; in large ones, where it hardly counts,
+//! it is paid in proportion). For any mu and lambda, letting every expert choose its cheapest tier gives a lower bound (Lagrange), computed exactly in
 //! float64: the method only has to find good ones. Primal-dual hybrid gradient (Chambolle and Pock) with diagonal steps (Pock and
 //! Chambolle 2011) and restarts from averages (Applegate et al. 2021, PDLP).
 
@@ -22,7 +24,7 @@ pub(super) struct Relaxed {
 struct State {
     /// `[layers][experts * tiers]`
     x: Vec<Vec<f64>>,
-    /// `[layers][steps * resources]`
+    /// Each step's mix of resources, then for each processor with a round trip its mix of active experts. `[layers][rows]`
     mu: Vec<Vec<f64>>,
     /// Price of the whole room of each memory. `[memories]`
     lambda: Vec<f64>,
@@ -46,7 +48,7 @@ pub(super) fn relax(lp: &Linear, start: &[Vec<u8>], effort: Effort) -> Relaxed {
     let mut method = Method::new(lp, scale);
     let mut now = State {
         x: lp.layers.iter().zip(start).map(|(l, tiers)| one_hot(l, tiers, lp.num_tiers)).collect(),
-        mu: lp.layers.iter().map(|l| even(l, lp.num_resources)).collect(),
+        mu: lp.layers.iter().zip(&method.layouts).zip(&method.sigma).map(|((l, rows), s)| even(l, rows, s)).collect(),
         lambda: vec![0.0; lp.room.len()],
     };
     let per_iteration: f64 =
@@ -132,7 +134,9 @@ struct Method {
     scale: f64,
     /// Balance between primal and dual steps.
     omega: f64,
-    /// Dual steps. `[layers][steps * resources]`
+    /// Where the rows of each step are. `[layers]`
+    layouts: Vec<Rows>,
+    /// Dual steps; 0 for what nothing uses. `[layers][rows]`
     sigma: Vec<Vec<f64>>,
     sigma_room: Vec<f64>,
     /// Primal steps. `[layers][experts]`
@@ -142,22 +146,44 @@ struct Method {
 
 impl Method {
     fn new(lp: &Linear, scale: f64) -> Self {
-        let (t, r) = (lp.num_tiers, lp.num_resources);
+        let t = lp.num_tiers;
         let mut sigma = Vec::new();
         let mut columns: Vec<Vec<f64>> = Vec::new();
+        let mut layouts = Vec::new();
         let mut room_rows = vec![0.0; lp.room.len()];
         let mut entries = 0.0;
         for layer in &lp.layers {
-            let mut rows = vec![0.0; layer.steps.len() * r];
+            let rows = Rows::new(lp, layer);
+            let mut lengths = vec![0.0; rows.len()];
             let mut column = vec![0.0; layer.num_experts * t];
             for (s, step) in layer.steps.iter().enumerate() {
-                each_cost(layer, step.phase, step.share, |tier, on, seconds, copying| {
+                let mut widest = vec![0.0; lp.num_resources];
+                each_cost(layer, step, rows.exact[s], |tier, on, seconds, copying| {
                     for a in &step.active {
                         let entry = if copying { a.copies } else { a.times } * seconds * scale;
-                        rows[s * r + on] += entry;
+                        widest[on] += entry;
                         column[usize::from(a.expert) * t + tier] += entry * step.weight;
                     }
                 });
+                let trips = rows.trips(layer, s);
+                for (on, sync_s) in &trips {
+                    widest[*on] += sync_s * scale;
+                    // Shared by the experts, so each feels its part.
+                    for a in &step.active {
+                        for tier in tiers_on(layer, step, *on) {
+                            column[usize::from(a.expert) * t + tier] += sync_s * scale * step.weight * step.share;
+                        }
+                    }
+                }
+                // One step length for all rows of a step: they share a simplex. Resources that nothing uses have none.
+                let most = widest.iter().copied().fold(0.0, f64::max);
+                let (first, end) = rows.range(s);
+                let row = &mut lengths[first..end];
+                for (on, w) in widest.iter().enumerate() {
+                    let in_trips = trips.iter().any(|(p, _)| p == &on);
+                    row[on] = if *w > 0.0 && !in_trips { 1.0 / most } else { 0.0 };
+                }
+                row[lp.num_resources..].fill(1.0 / most);
             }
             for tier in (0..t).filter(|x| layer.allowed[*x]) {
                 for (m, bytes) in &layer.uses[tier] {
@@ -165,14 +191,8 @@ impl Method {
                 }
                 entries += layer.num_experts as f64;
             }
-            // One step length for all resources of a step: they share a simplex.
-            for row in rows.chunks_exact_mut(r) {
-                let widest = row.iter().copied().fold(0.0, f64::max);
-                for x in row.iter_mut().filter(|x| **x > 0.0) {
-                    *x = 1.0 / widest;
-                }
-            }
-            sigma.push(rows);
+            sigma.push(lengths);
+            layouts.push(rows);
             columns.push(column);
         }
         // Prices of memory are scaled so that a typical expert feels them as much as its time: else they would creep.
@@ -192,18 +212,18 @@ impl Method {
         }
         let sigma_room =
             room_rows.iter().zip(&faster).map(|(row, f)| if *row > 0.0 { f / row } else { 0.0 }).collect();
-        Self { scale, omega: 1.0, sigma, sigma_room, tau, gradient: Vec::new() }
+        Self { scale, omega: 1.0, layouts, sigma, sigma_room, tau, gradient: Vec::new() }
     }
 
     fn iterate(&mut self, lp: &Linear, z: &mut State) {
-        let (t, r) = (lp.num_tiers, lp.num_resources);
+        let t = lp.num_tiers;
         let mut used = vec![0.0; lp.room.len()];
         for (l, layer) in lp.layers.iter().enumerate() {
             let (x, mu) = (&mut z.x[l], &mut z.mu[l]);
             let room_price = room_prices(lp, layer, &z.lambda);
             self.gradient.clear();
             self.gradient.resize(layer.num_experts * t, 0.0);
-            add_gradient(layer, mu, t, r, self.scale, &mut self.gradient);
+            add_gradient(layer, &self.layouts[l], mu, t, self.scale, &mut self.gradient);
             // The extrapolated point 2 x' - x is left in the gradient's place.
             for e in 0..layer.num_experts {
                 let tau = self.tau[l][e] / self.omega;
@@ -221,17 +241,16 @@ impl Method {
                     xe[k] = moved[k];
                 }
             }
-            let sigma = &self.sigma[l];
-            let mut loads = [0.0; super::MAX_RESOURCES];
+            let (sigma, rows) = (&self.sigma[l], &self.layouts[l]);
+            let mut loads = [0.0; MAX_ROW];
             for (s, step) in layer.steps.iter().enumerate() {
-                load(layer, step, &self.gradient, t, &mut loads[..r]);
-                let row = &mut mu[s * r..(s + 1) * r];
-                for b in 0..r {
-                    row[b] += if sigma[s * r + b] > 0.0 {
-                        self.omega * sigma[s * r + b] * loads[b] * self.scale * step.weight
-                    } else {
-                        f64::NEG_INFINITY
-                    };
+                let (first, end) = rows.range(s);
+                let loads = &mut loads[..end - first];
+                load(layer, rows, s, &self.gradient, t, loads);
+                let row = &mut mu[first..end];
+                for (i, m) in row.iter_mut().enumerate() {
+                    let length = sigma[first + i];
+                    *m = if length > 0.0 { *m + self.omega * length * loads[i] * self.scale * step.weight } else { f64::NEG_INFINITY };
                 }
                 onto_simplex(row, step.weight);
             }
@@ -244,13 +263,13 @@ impl Method {
 
     /// The Lagrangian bound of `z`, scaled, without the constant.
     fn bound(&self, lp: &Linear, z: &State) -> f64 {
-        let (t, r) = (lp.num_tiers, lp.num_resources);
+        let t = lp.num_tiers;
         let mut total = -z.lambda.iter().zip(&lp.room).map(|(l, r)| l * r.max(0.0) / r.max(1.0)).sum::<f64>();
         let mut gradient = Vec::new();
-        for (layer, mu) in lp.layers.iter().zip(&z.mu) {
+        for ((layer, mu), rows) in lp.layers.iter().zip(&z.mu).zip(&self.layouts) {
             gradient.clear();
             gradient.resize(layer.num_experts * t, 0.0);
-            add_gradient(layer, mu, t, r, self.scale, &mut gradient);
+            add_gradient(layer, rows, mu, t, self.scale, &mut gradient);
             let room_price = room_prices(lp, layer, &z.lambda);
             for g in gradient.chunks_exact(t) {
                 let cheapest = (0..t).filter(|k| layer.allowed[*k]).map(|k| g[k] + room_price[k]);
@@ -294,11 +313,11 @@ impl Method {
 
     /// Value of the fractions, scaled, without the constant; and by what share of its room a memory is over at most.
     fn value(&self, lp: &Linear, z: &State) -> (f64, f64) {
-        let (t, r) = (lp.num_tiers, lp.num_resources);
+        let t = lp.num_tiers;
         let mut used = vec![0.0; lp.room.len()];
         let mut total = 0.0;
-        let mut loads = [0.0; super::MAX_RESOURCES];
-        for (layer, x) in lp.layers.iter().zip(&z.x) {
+        let mut loads = [0.0; MAX_ROW];
+        for ((layer, x), rows) in lp.layers.iter().zip(&z.x).zip(&self.layouts) {
             for xe in x.chunks_exact(t) {
                 for k in 0..t {
                     for (m, bytes) in &layer.uses[k] {
@@ -306,9 +325,11 @@ impl Method {
                     }
                 }
             }
-            for step in &layer.steps {
-                load(layer, step, x, t, &mut loads[..r]);
-                total += step.weight * loads[..r].iter().copied().fold(0.0, f64::max);
+            for (s, step) in layer.steps.iter().enumerate() {
+                let (first, end) = rows.range(s);
+                let loads = &mut loads[..end - first];
+                load(layer, rows, s, x, t, loads);
+                total += step.weight * loads.iter().copied().fold(0.0, f64::max);
             }
         }
         let over = used.iter().zip(&lp.room).map(|(u, r)| (u - r) / r.max(1.0)).fold(0.0, f64::max);
@@ -334,27 +355,95 @@ fn room_prices(lp: &Linear, layer: &Layer, lambda: &[f64]) -> Vec<f64> {
     layer.uses.iter().map(|uses| uses.iter().map(|(m, bytes)| lambda[*m] / lp.room[*m].max(1.0) * bytes).sum()).collect()
 }
 
-/// Every cost of a phase, round trips included: tier, resource, seconds, whether per copy.
-fn each_cost(layer: &Layer, phase: usize, share: f64, mut f: impl FnMut(usize, usize, f64, bool)) {
-    let costs = &layer.phases[phase];
+/// Rows up to which round trips are exact.
+const MAX_TRIP_ROWS: usize = 48;
+/// Longest mix of a step.
+const MAX_ROW: usize = super::MAX_RESOURCES + MAX_TRIP_ROWS;
+
+/// Where the rows of a layer's steps are: its resources, then an entry for every active expert of each processor with a round trip.
+struct Rows {
+    /// First row of each step, and the end. `[steps + 1]`
+    first: Vec<usize>,
+    num_resources: usize,
+    /// Round trips of the step are exact. `[steps]`
+    exact: Vec<bool>,
+}
+
+impl Rows {
+    fn new(lp: &Linear, layer: &Layer) -> Self {
+        let mut rows = Self { first: vec![0], num_resources: lp.num_resources, exact: Vec::new() };
+        for step in &layer.steps {
+            let whole = step.active.iter().all(|a| a.times == 1.0);
+            let more = step.active.len() * round_trips(layer, step).count();
+            let exact = whole && more <= MAX_TRIP_ROWS;
+            rows.exact.push(exact);
+            rows.first.push(rows.len() + lp.num_resources + if exact { more } else { 0 });
+        }
+        rows
+    }
+
+    fn len(&self) -> usize {
+        *self.first.last().expect("there is always the first row's number")
+    }
+
+    fn range(&self, step: usize) -> (usize, usize) {
+        (self.first[step], self.first[step + 1])
+    }
+
+    /// Processors whose round trips have rows of their own in a step.
+    fn trips(&self, layer: &Layer, step: usize) -> Vec<(usize, f64)> {
+        if self.exact[step] { round_trips(layer, &layer.steps[step]).collect() } else { Vec::new() }
+    }
+}
+
+/// Processors that a step may need a round trip to, and its seconds.
+fn round_trips<'a>(layer: &'a Layer, step: &'a Step) -> impl Iterator<Item = (usize, f64)> + 'a {
+    let costs = &layer.phases[step.phase];
+    let may = |p: usize| costs.processor.iter().zip(&layer.allowed).any(|(on, allowed)| *allowed && *on == p);
+    costs.sync_s.iter().copied().enumerate().filter(move |(p, s)| *s > 0.0 && may(*p))
+}
+
+/// Tiers that processor `on` computes.
+fn tiers_on<'a>(layer: &'a Layer, step: &Step, on: usize) -> impl Iterator<Item = usize> + 'a {
+    layer.phases[step.phase].processor.iter().enumerate().filter(move |(t, p)| **p == on && layer.allowed[*t]).map(|(t, _)| t)
+}
+
+/// Every cost of a step: tier, resource, seconds, whether per copy. Round trips are among them, in proportion, unless `exact`.
+fn each_cost(layer: &Layer, step: &Step, exact: bool, mut f: impl FnMut(usize, usize, f64, bool)) {
+    let costs = &layer.phases[step.phase];
     for c in costs.costs.iter().filter(|c| layer.allowed[c.tier]) {
         f(c.tier, c.on, c.seconds, c.copying);
     }
+    if exact {
+        return;
+    }
     for (tier, on) in costs.processor.iter().enumerate().filter(|(t, p)| layer.allowed[*t] && costs.sync_s[**p] > 0.0) {
-        f(tier, *on, costs.sync_s[*on] * share, false);
+        f(tier, *on, costs.sync_s[*on] * step.share, false);
     }
 }
 
 /// Adds the seconds that each expert would cost in each tier under `mu`. `gradient`: `[experts * tiers]`
-fn add_gradient(layer: &Layer, mu: &[f64], t: usize, r: usize, scale: f64, gradient: &mut [f64]) {
+fn add_gradient(layer: &Layer, rows: &Rows, mu: &[f64], t: usize, scale: f64, gradient: &mut [f64]) {
     let (mut computing, mut copied) = ([0.0; super::MAX_TIERS], [0.0; super::MAX_TIERS]);
+    let mut weight = [0.0; super::MAX_RESOURCES];
     for (s, step) in layer.steps.iter().enumerate() {
-        let row = &mu[s * r..(s + 1) * r];
+        let (first, end) = rows.range(s);
+        let (row, shares) = mu[first..end].split_at(rows.num_resources);
+        weight[..row.len()].copy_from_slice(row);
+        let trips = rows.trips(layer, s);
+        for ((on, sync_s), shares) in trips.iter().zip(shares.chunks_exact(step.active.len().max(1))) {
+            weight[*on] = shares.iter().sum();
+            for (a, share) in step.active.iter().zip(shares) {
+                for tier in tiers_on(layer, step, *on) {
+                    gradient[usize::from(a.expert) * t + tier] += sync_s * scale * share;
+                }
+            }
+        }
         computing[..t].fill(0.0);
         copied[..t].fill(0.0);
-        each_cost(layer, step.phase, step.share, |tier, on, seconds, copying| {
+        each_cost(layer, step, rows.exact[s], |tier, on, seconds, copying| {
             let per_tier = if copying { &mut copied } else { &mut computing };
-            per_tier[tier] += row[on] * seconds * scale;
+            per_tier[tier] += weight[on] * seconds * scale;
         });
         for a in &step.active {
             let first = usize::from(a.expert) * t;
@@ -365,8 +454,9 @@ fn add_gradient(layer: &Layer, mu: &[f64], t: usize, r: usize, scale: f64, gradi
     }
 }
 
-/// Seconds of each resource in a step. `x`: `[experts * tiers]`
-fn load(layer: &Layer, step: &Step, x: &[f64], t: usize, loads: &mut [f64]) {
+/// Seconds of each row of a step. `x`: `[experts * tiers]`
+fn load(layer: &Layer, rows: &Rows, s: usize, x: &[f64], t: usize, loads: &mut [f64]) {
+    let step = &layer.steps[s];
     let (mut computed, mut copied) = ([0.0; super::MAX_TIERS], [0.0; super::MAX_TIERS]);
     for a in &step.active {
         let first = usize::from(a.expert) * t;
@@ -376,14 +466,22 @@ fn load(layer: &Layer, step: &Step, x: &[f64], t: usize, loads: &mut [f64]) {
         }
     }
     loads.fill(0.0);
-    each_cost(layer, step.phase, step.share, |tier, on, seconds, copying| {
+    each_cost(layer, step, rows.exact[s], |tier, on, seconds, copying| {
         loads[on] += seconds * if copying { copied[tier] } else { computed[tier] };
     });
+    let (loads, shares) = loads.split_at_mut(rows.num_resources);
+    for ((on, sync_s), shares) in rows.trips(layer, s).iter().zip(shares.chunks_exact_mut(step.active.len().max(1))) {
+        for (a, share) in step.active.iter().zip(shares) {
+            let first = usize::from(a.expert) * t;
+            let here: f64 = tiers_on(layer, step, *on).map(|k| x[first + k]).sum();
+            *share = loads[*on] + sync_s * here;
+        }
+    }
 }
 
 /// The nearest point with non-negative entries that sum to `sum`; entries of minus infinity become 0.
 fn onto_simplex(v: &mut [f64], sum: f64) {
-    let mut sorted = [0.0; super::MAX_RESOURCES];
+    let mut sorted = [0.0; MAX_ROW];
     let sorted = &mut sorted[..v.len()];
     sorted.copy_from_slice(v);
     sorted.sort_unstable_by(|a, b| b.total_cmp(a));
@@ -412,15 +510,14 @@ fn one_hot(layer: &Layer, tiers: &[u8], t: usize) -> Vec<f64> {
     x
 }
 
-/// Every step's weight, shared evenly by the resources that a cost of its layer names.
-fn even(layer: &Layer, r: usize) -> Vec<f64> {
-    let mut mu = vec![0.0; layer.steps.len() * r];
+/// Every step's weight, shared evenly by what its layer uses.
+fn even(layer: &Layer, rows: &Rows, sigma: &[f64]) -> Vec<f64> {
+    let mut mu = vec![0.0; rows.len()];
     for (s, step) in layer.steps.iter().enumerate() {
-        let mut named = vec![false; r];
-        each_cost(layer, step.phase, step.share, |_, on, _, _| named[on] = true);
-        let n = named.iter().filter(|b| **b).count().max(1) as f64;
-        for b in (0..r).filter(|b| named[*b]) {
-            mu[s * r + b] = step.weight / n;
+        let (first, end) = rows.range(s);
+        let used = sigma[first..end].iter().filter(|x| **x > 0.0).count().max(1) as f64;
+        for i in (first..end).filter(|i| sigma[*i] > 0.0) {
+            mu[i] = step.weight / used;
         }
     }
     mu
@@ -428,14 +525,14 @@ fn even(layer: &Layer, r: usize) -> Vec<f64> {
 
 /// Seconds of a layer with this placement, on average.
 fn typical_seconds(lp: &Linear, tier_of: &[Vec<u8>]) -> f64 {
-    let (t, r) = (lp.num_tiers, lp.num_resources);
-    let mut loads = vec![0.0; r];
+    let mut loads = [0.0; MAX_ROW];
     let mut total = 0.0;
     for (layer, tiers) in lp.layers.iter().zip(tier_of) {
-        let x = one_hot(layer, tiers, t);
-        for step in &layer.steps {
-            load(layer, step, &x, t, &mut loads);
-            total += step.weight * loads.iter().copied().fold(0.0, f64::max);
+        let (x, rows) = (one_hot(layer, tiers, lp.num_tiers), Rows::new(lp, layer));
+        for (s, step) in layer.steps.iter().enumerate() {
+            let (first, end) = rows.range(s);
+            load(layer, &rows, s, &x, lp.num_tiers, &mut loads[..end - first]);
+            total += step.weight * loads[..end - first].iter().copied().fold(0.0, f64::max);
         }
     }
     total / lp.layers.len().max(1) as f64
