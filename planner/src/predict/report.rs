@@ -178,7 +178,9 @@ impl Sweeps {
                     if measured.abs() <= (2.0 * (a.relative_sd + b.relative_sd)).max(0.03) {
                         continue;
                     }
-                    let right = usize::from((b.predicted_log_ms - a.predicted_log_ms) * measured > 0.0);
+                    let predicted = b.predicted_log_ms - a.predicted_log_ms;
+                    // Equal predictions differ by rounding: they are a tie.
+                    let right = usize::from(predicted.abs() > 1e-9 && predicted * measured > 0.0);
                     found.all_pairs += 1;
                     found.all_right += right;
                     if (a.cpu_layers - b.cpu_layers).abs() > 1e-9 {

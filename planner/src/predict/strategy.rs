@@ -83,7 +83,16 @@ impl Case {
         }
         let mut assumed = Vec::new();
         let host = host(machine, &mut assumed)?;
-        let gpus: Vec<&Processor> = machine.processors_of(ProcessorKind::Gpu).collect();
+        let limit = |kind: MemoryKind| -> u64 {
+            let left = |m: &Memory| {
+                let capacity = budget::capacity(machine, request, m);
+                capacity.saturating_sub(budget::reserve(m, capacity)).0
+            };
+            machine.memories_of(kind).map(left).fold(0, u64::saturating_add)
+        };
+        // Without a budget for it a GPU is not used (`-ngl 0` without offloading).
+        let vram_limit = limit(MemoryKind::Vram);
+        let gpus: Vec<&Processor> = machine.processors_of(ProcessorKind::Gpu).filter(|_| vram_limit > 0).collect();
         let cards = cards(machine, &gpus, &mut assumed);
         let routed: Vec<u64> = spec.layer_bytes().iter().map(|l| l.routed.0).collect();
         let all_routed: u64 = routed.iter().sum();
@@ -97,13 +106,6 @@ impl Case {
         let kv = memory::kv_elements(&shape, f64::from(request.context), MICRO_BATCH) * kv_bytes + shape.state_bytes;
         let compute = memory::compute_bytes(&shape, MICRO_BATCH) * gpus.len().max(1) as f64;
         let beside = dense.saturating_add((kv + compute) as u64);
-        let limit = |kind: MemoryKind| -> u64 {
-            let left = |m: &Memory| {
-                let capacity = budget::capacity(machine, request, m);
-                capacity.saturating_sub(budget::reserve(m, capacity)).0
-            };
-            machine.memories_of(kind).map(left).fold(0, u64::saturating_add)
-        };
         let inputs = Inputs {
             expert_bits: 8.0 * all_routed as f64 / shape.routed_weights(),
             dense_bits: 8.0 * dense as f64 / shape.dense_weights_per_token(),
@@ -126,7 +128,7 @@ impl Case {
             inputs,
             routed,
             fixed_vram: if has_gpu { beside } else { 0 },
-            vram_limit: limit(MemoryKind::Vram),
+            vram_limit,
             fixed_host: on_host.saturating_add(if has_gpu { 0 } else { beside }),
             host_limit: limit(MemoryKind::Dram),
             assumed,
@@ -265,6 +267,9 @@ mod tests {
         };
         assert!(with("6 GiB").unwrap().n_cpu_moe > best.n_cpu_moe);
         assert_eq!(with("1 GiB"), None);
+        // No budget at all: everything on the CPU.
+        let none = with("0 B").unwrap();
+        assert!(none.vram == Bytes::ZERO && none.cpu_expert_layers == 48 && none.parts_ms.gpu_overhead == 0.0);
     }
 
     #[test]
