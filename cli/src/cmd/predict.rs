@@ -186,8 +186,12 @@ fn describe(r: &Report) -> String {
         );
     }
     if !r.skipped.is_empty() {
-        let reasons: Vec<String> = r.skipped.iter().map(|(why, n)| format!("{n} {why}")).collect();
-        text += &format!("not predicted: {}\n", reasons.join(", "));
+        /// Reasons that are written out.
+        const SHOWN: usize = 8;
+        let reasons: Vec<String> = r.skipped.iter().take(SHOWN).map(|(why, n)| format!("{n} {why}")).collect();
+        text += &format!("not predicted: {}", reasons.join("; "));
+        let others: usize = r.skipped.iter().skip(SHOWN).map(|(_, n)| n).sum();
+        text += &if others > 0 { format!("; {others} for other reasons (--json names them all)\n") } else { "\n".into() };
     }
     text
 }

@@ -142,7 +142,8 @@ pub fn refit(predictions: &[Prediction]) -> Option<Refit> {
     let train: Vec<f64> = (0..rows.ms.len()).map(|i| rows.log_error(&full, i)).collect();
     let (lomo, fits) = rows.left_out(&rows.machine, weight, &full);
     let (loso, _) = rows.left_out(&rows.source, weight, &full);
-    let inside = inside_bands(&rows, &lomo);
+    let inside = inside_bands(&rows, &rows.machine, &lomo);
+    let source_inside = inside_bands(&rows, &rows.source, &loso);
     let len = predictions.len();
     let groups = |errors: &[f64], inside: &[bool]| {
         let outcome = |i: usize| Outcome { machine: &rows.machine[i], log_error: errors[i], inside: inside[i] };
@@ -171,7 +172,7 @@ pub fn refit(predictions: &[Prediction]) -> Option<Refit> {
         train: groups(&train, &within(&train)),
         lomo: groups(&lomo, &inside),
         lomo_sweeps: Sweeps::of(predictions, &rows.spread(len, |i| lomo[i])),
-        loso: groups(&loso, &within(&loso)),
+        loso: groups(&loso, &source_inside),
         machine_coverage: machine_coverage(&rows, &inside),
         bands,
         lomo_tps: rows.spread(len, |i| 1000.0 / rows.ms[i] / lomo[i].exp()),
@@ -202,17 +203,17 @@ fn band(rows: &Rows, errors: &[f64], members: &[usize]) -> Option<(f64, f64)> {
     Some((at(1.0 - level + 1e-12)?, at(level - 1e-12)?))
 }
 
-/// Whether each row is inside the band of its class made from other machines.
-fn inside_bands(rows: &Rows, errors: &[f64]) -> Vec<bool> {
+/// Whether each row is inside the band of its class made from the rows of other groups (machines or sources).
+fn inside_bands(rows: &Rows, group: &[String], errors: &[f64]) -> Vec<bool> {
     /// Fewer rows of other machines do not make a band.
     const MIN_ROWS: usize = 5;
     let mut cache: BTreeMap<(&str, IntervalClass), Option<(f64, f64)>> = BTreeMap::new();
     (0..errors.len())
         .map(|i| {
-            let (machine, class) = (rows.machine[i].as_str(), rows.class[i]);
-            let band = cache.entry((machine, class)).or_insert_with(|| {
+            let (name, class) = (group[i].as_str(), rows.class[i]);
+            let band = cache.entry((name, class)).or_insert_with(|| {
                 let of_class = |j: &usize| rows.class[*j] == class;
-                let others: Vec<usize> = (0..errors.len()).filter(of_class).filter(|j| rows.machine[*j] != machine).collect();
+                let others: Vec<usize> = (0..errors.len()).filter(of_class).filter(|j| group[*j] != name).collect();
                 if others.len() >= MIN_ROWS {
                     band(rows, errors, &others)
                 } else {
