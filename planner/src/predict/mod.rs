@@ -136,6 +136,8 @@ pub struct RowSummary {
     pub error: Option<f64>,
     /// Prediction by parameters fitted without this row's machine (after a refit).
     pub held_out_decode_tps: Option<f64>,
+    /// The error of that.
+    pub held_out_error: Option<f64>,
     /// `analytic (fitted)` or `prior`, by what a prior had to stand in for.
     pub basis: Option<&'static str>,
     /// One of the rows that acceptance is judged by.
@@ -179,6 +181,7 @@ impl Prediction<'_> {
             measured: self.run.decode_tps,
             error: self.log_error().map(|e| ((-e).exp() - 1.0).abs()),
             held_out_decode_tps: None,
+            held_out_error: None,
             basis: self.inputs.as_ref().ok().filter(|_| speed.is_some()).map(basis),
             core: self.is_core(),
             parts_ms: speed.map(|(_, p)| *p),

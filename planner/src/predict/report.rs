@@ -8,7 +8,7 @@ use super::inputs::Tier;
 use super::memory::Verdict;
 use super::{Prediction, host};
 use serde::Serialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// Errors of a group of rows.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -122,6 +122,11 @@ impl Groups {
             core_by_class: by(&class, &core),
             core_by_engine: by(&engine, &core),
         }
+    }
+
+    /// The errors that acceptance is judged by: of core rows, or of all rows in a file that has none.
+    pub fn headline(&self) -> Option<&Errors> {
+        self.total("core").or_else(|| self.total("all"))
     }
 
     /// The total of this name.
@@ -322,14 +327,4 @@ impl Report {
             skipped,
         }
     }
-
-    /// The errors that acceptance is judged by: of core rows, or of all rows in a file that has none.
-    pub fn headline(&self) -> Option<&Errors> {
-        self.errors.total("core").or_else(|| self.errors.total("all"))
-    }
-}
-
-/// Names of the machines of rows that count.
-pub fn machines(predictions: &[Prediction]) -> BTreeSet<String> {
-    predictions.iter().filter(|p| p.compared().is_some()).map(|p| host::machine_name(p.run)).collect()
 }
