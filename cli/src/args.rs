@@ -41,6 +41,9 @@ pub enum Command {
     /// Say why each expert of a plan is where it is.
     #[command(after_help = "Example:  tierwise explain plan.json")]
     Explain(ExplainArgs),
+    /// Predict runs of other engines from their description, and compare with what was measured.
+    #[command(after_help = "Example:  tierwise predict --runs published_runs.json --refit")]
+    Predict(crate::cmd::predict::PredictArgs),
     /// Generate text.
     #[command(after_help = "Example:  tierwise run model.gguf -p \"ROMEO:\" -n 64 --report")]
     Run(RunArgs),

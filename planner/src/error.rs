@@ -110,4 +110,16 @@ pub enum PlanError {
         /// The LP solver's message.
         message: String,
     },
+    /// A file of published runs is not in the format.
+    #[error("runs: {row}: {field} is {found}, expected {expected}")]
+    BadRuns {
+        /// The row's id, or which row.
+        row: String,
+        /// The offending field.
+        field: String,
+        /// Its value.
+        found: String,
+        /// What would be valid.
+        expected: String,
+    },
 }

@@ -8,6 +8,7 @@ mod inspect;
 mod logits;
 mod perplexity;
 pub mod plan;
+pub mod predict;
 pub mod run;
 mod shell;
 mod synth;
@@ -24,6 +25,7 @@ pub fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Doctor(args) => doctor::run(&args, ui),
         Command::Plan(args) => plan::run(&args, ui),
         Command::Explain(args) => explain::run(&args, ui),
+        Command::Predict(args) => predict::run(&args, ui),
         Command::Run(args) => run::run(&args, ui),
         Command::Bench(args) => bench::run(&args, ui),
         Command::Logits(args) => logits::run(&args, ui),
