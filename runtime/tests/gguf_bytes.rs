@@ -94,7 +94,7 @@ fn assert_accounted(file: &Path, spec: &ModelSpec) {
     // They lie one behind the other, each at a multiple of 32 bytes, the first behind the header.
     tensors.sort_by_key(|t| t.1);
     let start = header.next_multiple_of(32);
-    let (mut end, mut padding) = (0, start - header);
+    let (mut end, mut padding) = (0_u64, start - header);
     for (name, offset, size) in &tensors {
         assert_eq!(*offset, end.next_multiple_of(32), "{name}");
         padding += offset - end;

@@ -214,10 +214,12 @@ def main():
             "train_median_p90": error(train), "held_out_median_p90": error(held), "range": ranges,
         })
     part = HERE / "fitted.json.part"
-    part.write_text(json.dumps({
+    # One group per line, so that a changed fit is a readable difference.
+    head = json.dumps({
         "source": "aiconfigurator kernel latencies (Apache-2.0), fitted by tools/gpu-moe/fit.py",
-        "model": "launch_s + ((bytes / (memory_share bandwidth))^s + (work / (arithmetic_share flops))^s)^(1/s), s = sharpness",
-        "groups": out}, indent=1) + "\n")
+        "model": "launch_s + ((bytes / (memory_share bandwidth))^s + (work / (arithmetic_share flops))^s)^(1/s), s = sharpness"}, indent=1)
+    groups_text = ",\n".join("  " + json.dumps(g) for g in out)
+    part.write_text(head.removesuffix("\n}") + ',\n "groups": [\n' + groups_text + "\n ]\n}\n")
     part.replace(HERE / "fitted.json")
     part = SAMPLE.with_suffix(".part")
     part.write_text("\n".join(["gpu,format,hidden,inner,top_k,num_experts,matrices,tokens,measured_ms,model_ms", *sample]) + "\n")
