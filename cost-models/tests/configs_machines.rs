@@ -22,7 +22,7 @@ fn machines() -> Vec<Machine> {
 
 /// Source and note of every number, with its field.
 fn sources(m: &Machine) -> Vec<(String, Source, Option<&str>)> {
-    fn one<'m, T>(field: String, s: &'m Sourced<T>) -> (String, Source, Option<&'m str>) {
+    fn one<T>(field: String, s: &Sourced<T>) -> (String, Source, Option<&str>) {
         (field, s.source, s.note.as_deref())
     }
     let mut all = Vec::new();

@@ -140,9 +140,9 @@ fn smooth_max(a: f64, b: f64, s: f64) -> f64 {
 fn is_gpu(name: &str, gpu: &str) -> bool {
     let words: Vec<&str> = name.split([' ', '-', '_']).filter(|w| !w.is_empty()).collect();
     let wanted: Vec<&str> = gpu.split(' ').collect();
-    let other = |w: &&str| ["PCIe", "NVL", "Max", "Mobile", "Laptop"].iter().any(|o| w.eq_ignore_ascii_case(o));
+    let other = |w: &str| ["PCIe", "NVL", "Max", "Mobile", "Laptop"].iter().any(|o| w.eq_ignore_ascii_case(o));
     words.windows(wanted.len()).any(|w| w.iter().zip(&wanted).all(|(a, b)| a.eq_ignore_ascii_case(b)))
-        && !words.iter().any(|w| other(&w))
+        && !words.iter().any(|w| other(w))
 }
 
 /// One row of the fitted table, for tools and tests.
