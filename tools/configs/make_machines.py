@@ -143,7 +143,7 @@ GPUS = {
 # ---- Paths from host memory into a GPU: rate from pinned memory with its reason, rate from pageable memory.
 STAGED = "staged through a pinned buffer by the driver"
 PCIE = {
-    "3x16": (prior("12.3 GB/s", "half of gen4 x16"), "6 GB/s"),
+    "3x16": (prior("12.8 GB/s", "half of gen4 x16"), "6 GB/s"),
     "4x16": (prior("25.6 GB/s", "measured hosts: 23.2 to 28.5 GB/s pinned at gen4 x16"), "10 GB/s"),
     "4x8": (prior("12.8 GB/s", "half of gen4 x16"), "7 GB/s"),
     "5x16": (prior("55 GB/s", "PCIe 5.0 x16: 56.7 GB/s measured on other hosts of the table, 64 GB/s datasheet"), "14 GB/s"),
@@ -171,7 +171,8 @@ FORK_JOIN = prior("2 us", "fork and join of a spinning thread pool")
 GRAPH_LAUNCH = prior("2 us", "kernel launch inside a captured graph")
 METAL_LAUNCH = prior("5 us", "one compute encoder")
 UPI = prior("62 GB/s", "three UPI links at about 0.65 of their raw rate")
-XGMI = prior("110 GB/s", "four xGMI3 links at about 0.7 of their raw rate")
+XGMI2 = prior("100 GB/s", "four xGMI2 links of 36 GB/s at about 0.7 of their raw rate")
+XGMI3 = prior("125 GB/s", "three xGMI3 links of 64 GB/s at about 0.65 of their raw rate")
 CXL_NOTE = "2 x 17.8 GB/s all-read per CXL 2.0 x8 expander (CacheLib OCP demo)"
 
 
@@ -405,7 +406,7 @@ MACHINES = [
     # Servers without a GPU.
     host("epyc-8ch-ddr4-512g", "Server: one EPYC 7003 with eight channels of DDR4-3200, no GPU.", "milan-64", "DDR4-3200 8ch", "512 GiB", disk_size="4 TB"),
     host("epyc-12ch-ddr5-768g", "Server: one EPYC 9004 with twelve channels of DDR5-4800, no GPU.", "genoa-96", "DDR5-4800 12ch", "768 GiB", disk_size="4 TB"),
-    host("epyc-2s-24ch-ddr5-1536g", "Server with two EPYC 9005 sockets, twelve channels of DDR5-6000 each, no GPU.", "turin-96", "DDR5-6000 12ch", "768 GiB", sockets=2, disk_size="8 TB", socket_link=XGMI),
+    host("epyc-2s-24ch-ddr5-1536g", "Server with two EPYC 9005 sockets, twelve channels of DDR5-6000 each, no GPU.", "turin-96", "DDR5-6000 12ch", "768 GiB", sockets=2, disk_size="8 TB", socket_link=XGMI3),
     host("xeon-2s-ddr4-768g", "Server of 2019: two Cascade Lake sockets, six channels of DDR4-2666 each, no GPU.", "skylake-24", "DDR4-2666 6ch", "384 GiB", sockets=2, disk=NVME3, disk_size="4 TB", socket_link=prior("41 GB/s", "three UPI links of 10.4 GT/s at about 0.65 of their raw rate")),
     host("xeon-2s-ddr5-1t", "Server with two Sapphire Rapids sockets, eight channels of DDR5-4800 each, no GPU.", "spr-56", "DDR5-4800 8ch", "512 GiB", sockets=2, disk_size="4 TB"),
     host("xeon6-12ch-mrdimm-1536g", "Server: one Granite Rapids with twelve channels of MRDIMM-8800, no GPU.", "gnr-96", "MRDIMM-8800 12ch", "1536 GiB", disk=NVME5, disk_size="8 TB"),
@@ -416,14 +417,14 @@ MACHINES = [
     host("xeon-2s-ddr5-rtx4090-1t", "Server with two Sapphire Rapids sockets and an RTX 4090 beside the first: the KTransformers kind.", "spr-56", "DDR5-4800 8ch", "512 GiB", sockets=2, gpu="rtx4090", disk_size="4 TB"),
     host("l4-24g-ddr5-128g", "Cloud instance class: one L4 and a part of a server's memory.", "genoa-48", "DDR5-4800 4ch", "128 GiB", gpu="l4", disk_size="1 TB"),
     host("l40s-48g-ddr5-512g", "Server: one EPYC 9004 and an L40S.", "genoa-48", "DDR5-4800 12ch", "512 GiB", gpu="l40s", disk_size="4 TB"),
-    host("epyc-2s-ddr5-l40sx4-1t", "Server with two EPYC 9004 sockets and two L40S beside each.", "genoa-48", "DDR5-4800 12ch", "512 GiB", sockets=2, gpu="l40s", gpus=4, disk_size="8 TB", socket_link=XGMI),
+    host("epyc-2s-ddr5-l40sx4-1t", "Server with two EPYC 9004 sockets and two L40S beside each.", "genoa-48", "DDR5-4800 12ch", "512 GiB", sockets=2, gpu="l40s", gpus=4, disk_size="8 TB", socket_link=XGMI3),
     # Boxes with memory behind CXL.
     host("xeon-cxl-rtx4090", "Workstation with 128 GiB of local DDR5, two 96 GB CXL expanders seen as one region, and an RTX 4090.", "spr-32", "DDR5-4800 8ch", "128 GiB", gpu="rtx4090", disk=NVME5, disk_size="4 TB", cxl=("192 GB", 2)),
     host("xeon-cxl-512g", "Server with 128 GiB of local DDR5 and four 96 GB CXL expanders seen as one region, no GPU.", "spr-56", "DDR5-4800 8ch", "128 GiB", disk=NVME5, disk_size="4 TB", cxl=("384 GB", 4)),
     host("xeon-2s-cxl-l40s-1t", "Server with two Sapphire Rapids sockets, two CXL expanders and an L40S beside the first.", "spr-32", "DDR5-4800 8ch", "512 GiB", sockets=2, gpu="l40s", disk=NVME5, disk_size="4 TB", cxl=("192 GB", 2)),
     # Data-centre nodes.
     host("a100-80g-ddr4-1t", "One A100 SXM of a node with 1 TiB of host memory.", "milan-64", "DDR4-3200 8ch", "1 TiB", gpu="a100", disk_size="8 TB", dram_note="one socket: {}"),
-    host("a100x8-640g-ddr4-2t", "Node with eight A100 SXM and two EPYC 7003 sockets.", "milan-64", "DDR4-3200 8ch", "1 TiB", sockets=2, gpu="a100", gpus=8, disk_size="15 TB", gpu_link=nvlink(300), socket_link=XGMI),
+    host("a100x8-640g-ddr4-2t", "Node with eight A100 SXM and two EPYC 7003 sockets.", "milan-64", "DDR4-3200 8ch", "1 TiB", sockets=2, gpu="a100", gpus=8, disk_size="15 TB", gpu_link=nvlink(300), socket_link=XGMI2),
     host("h100-80g-ddr5-1t", "One H100 SXM of a node with 1 TiB of host memory.", "spr-56", "DDR5-4800 8ch", "1 TiB", gpu="h100", pcie="5x16", disk_size="8 TB", dram_note="one socket: {}"),
     host("h100x8-640g-ddr5-2t", "Node with eight H100 SXM and two Sapphire Rapids sockets.", "spr-56", "DDR5-4800 8ch", "1 TiB", sockets=2, gpu="h100", gpus=8, pcie="5x16", disk_size="30 TB", gpu_link=nvlink(450)),
     host("h200-141g-ddr5-2t", "One H200 SXM of a node with 2 TiB of host memory.", "spr-56", "DDR5-4800 8ch", "2 TiB", gpu="h200", pcie="5x16", disk_size="8 TB", dram_note="one socket: {}"),
@@ -431,7 +432,7 @@ MACHINES = [
     host("b200-180g-ddr5-2t", "One B200 SXM of a node with 2 TiB of host memory.", "spr-56", "DDR5-5600 8ch", "2 TiB", gpu="b200", pcie="5x16", disk_size="8 TB", dram_note="one socket: {}"),
     host("b200x8-1440g-ddr5-2t", "Node with eight B200 SXM and two sockets.", "spr-56", "DDR5-5600 8ch", "1 TiB", sockets=2, gpu="b200", gpus=8, pcie="5x16", disk_size="30 TB", gpu_link=nvlink(900)),
     host("mi300x-192g-ddr5-1t", "One MI300X of a node with 1 TiB of host memory.", "genoa-96", "DDR5-4800 12ch", "1 TiB", gpu="mi300x", pcie="5x16", disk_size="8 TB", dram_note="one socket: {}"),
-    host("mi300xx8-1536g-ddr5-2t", "Node with eight MI300X and two EPYC 9004 sockets.", "genoa-96", "DDR5-4800 12ch", "1 TiB", sockets=2, gpu="mi300x", gpus=8, pcie="5x16", disk_size="30 TB", gpu_link=datasheet("64 GB/s", "AMD's MI300X data sheet: one of seven Infinity Fabric links, 128 GB/s both ways"), socket_link=XGMI),
+    host("mi300xx8-1536g-ddr5-2t", "Node with eight MI300X and two EPYC 9004 sockets.", "genoa-96", "DDR5-4800 12ch", "1 TiB", sockets=2, gpu="mi300x", gpus=8, pcie="5x16", disk_size="30 TB", gpu_link=datasheet("64 GB/s", "AMD's MI300X data sheet: one of seven Infinity Fabric links, 128 GB/s both ways"), socket_link=XGMI3),
     # One memory for CPU and GPU.
     unified("apple-m1-max-64g", "Unified memory: CPU and GPU compute from the same 64 GiB.", "m1-max", "m1-max", "64 GiB"),
     unified("apple-m2-ultra-192g", "Unified memory: CPU and GPU compute from the same 192 GiB.", "m2-ultra", "m2-ultra", "192 GiB", disk_size="2 TB"),
@@ -466,6 +467,12 @@ MEASURED_CPUS = {
 }
 
 
+REMARKS = {
+    "measured-epyc9755-rtx5090-138g-shared":
+        " Half the DRAM rate of the other calibration with this CPU: neighbours on the host or fewer channels, the source does not say.",
+}
+
+
 def build_measured(t, name, gpu_key, paths):
     hosts = [h for h in t.hosts for p in paths if h["path"] == f"bench/{p}.json"]
     if len(hosts) != len(paths):
@@ -484,7 +491,7 @@ def build_measured(t, name, gpu_key, paths):
     note += f" Source: {HOSTS}: bench/{', bench/'.join(paths)}."
     if not whole:
         note += f" A part of the CPU: {threads} hardware threads, taken as two per core."
-    f = File(name, note)
+    f = File(name, note + REMARKS.get(name, ""))
     gpu = t.gpu(gpu_key)
     for i in range(len(first["gpu"])):
         rate = median([h["gpu"][i]["vram_triad_gbs"] for h in hosts])
