@@ -48,6 +48,8 @@ const PARAMETERS: &[(&str, f64, f64, Option<f64>)] = &[
     ("mixtral-8x7b", 46.7, 12.75, Some(46.7)),
     ("moonlight-16b-a3b", 15.96, 2.58, None),
     ("nemotron-3-nano-30b-a3b", 32.43, 4.08, None),
+    // No estimate of others: the published name.
+    ("nemotron-3-ultra-550b-a55b", 550.0, 55.0, Some(550.0)),
     ("olmoe-1b-7b", 6.92, 1.18, Some(6.9)),
     ("phi-3.5-moe", 41.87, 6.51, Some(41.9)),
     ("powermoe-3b", 3.3, 0.88, None),

@@ -36,7 +36,7 @@ fn files_folders_and_names_open() {
 
 #[test]
 fn every_built_in_description_opens() {
-    assert_eq!(Kind::Model.built_in().len(), 52);
+    assert_eq!(Kind::Model.built_in().len(), 53);
     for (name, _) in Kind::Model.built_in() {
         let model = ModelSource::open(name, None).unwrap();
         model.spec(None).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -105,5 +105,5 @@ fn what_is_no_model_is_refused_with_a_reason() {
         }
     }
     let message = ModelSource::open("mixtral-8x9b", None).unwrap_err().to_string();
-    assert!(message.contains("mixtral-8x7b") && message.contains("52 are known"), "{message}");
+    assert!(message.contains("mixtral-8x7b") && message.contains("53 are known"), "{message}");
 }

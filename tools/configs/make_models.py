@@ -322,10 +322,12 @@ class Model:
         mamba = self.plan_only("Mamba-2", weights, 0, heads * d * n + conv * (c["conv_kernel"] - 1))
         attention = self.gqa_sized("attention without positions")
         nothing = self.plan_only("none", 0, 0)
-        moe = self.moe(self.router("sigmoid", bias=True), gated=False)
+        moe = self.moe(self.router("sigmoid", bias=True), gated=False, latent=c.get("moe_latent_size"))
         self.notes.append("each layer is a mixer or experts, not both; the activation is the square of ReLU")
         kinds = {"M": (mamba, {"kind": "none"}), "*": (attention, {"kind": "none"}), "E": (nothing, moe)}
-        return [kinds[k] for k in c["hybrid_override_pattern"]]
+        names = {"mamba": "M", "attention": "*", "moe": "E"}
+        pattern = c.get("hybrid_override_pattern") or [names[k] for k in c["layers_block_type"]]
+        return [kinds[k] for k in pattern]
 
     def layers_gpt_oss(self):
         r = self.row
@@ -472,11 +474,30 @@ def render(model):
     return text
 
 
+def nemotron_ultra(config):
+    """The one config copy that models.json has no row for: its row, from the copy alone."""
+    name = "nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16"
+    copies = "github.com/ai-dynamo/aiconfigurator aic-core/src/aiconfigurator_core/model_configs"
+    return {
+        "name": name.replace("--", "/"), "model_type": config["model_type"], "layers": len(config["layers_block_type"]),
+        "first_dense_layers": None, "hidden": config["hidden_size"], "heads": config["num_attention_heads"],
+        "kv_heads": config["num_key_value_heads"], "head_dim": config["head_dim"], "experts": config["n_routed_experts"],
+        "top_k": config["num_experts_per_tok"], "moe_intermediate": config["moe_intermediate_size"], "dense_intermediate": None,
+        "vocab": config["vocab_size"], "max_positions": config["max_position_embeddings"],
+        "tie_embeddings": config["tie_word_embeddings"], "shared_experts": config["n_shared_experts"],
+        "shared_intermediate": config["moe_shared_expert_intermediate_size"],
+        "routed_scaling_factor": config["routed_scaling_factor"], "from_memory_fields": ["expert_matrices", "shared expert at full width"],
+        "source": f"{copies}/{name}_config.json (copy of the Hugging Face config.json)",
+    }
+
+
 def main():
     data = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "shared" / "data"
     out = ROOT / "configs" / "models"
     out.mkdir(parents=True, exist_ok=True)
     rows = json.loads((data / "models.json").read_text())["models"]
+    ultra = data / "model_configs" / "nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16.json"
+    rows.append(nemotron_ultra(json.loads(ultra.read_text())))
     stems = set()
     for row in rows:
         path = data / "model_configs" / (row["name"].replace("/", "--") + ".json")

@@ -3,9 +3,11 @@
 //! `work` counts bytes and operations (the one place that does), [`Roofline`] turns them into seconds on a machine that nobody
 //! measured. Measured tables come later, behind the same trait.
 
+mod gpu_moe;
 mod roofline;
 mod work;
 
+pub use gpu_moe::{MoeFit, MoeShape, moe_fits, moe_formats, moe_layer_seconds, moe_layer_seconds_of};
 pub use roofline::{Range, Roofline};
 pub use work::{LayerWork, StepWork, Work, expected_distinct, op_work, step_limit, step_limit_at, step_work};
 
