@@ -88,7 +88,20 @@ impl<'a> Problem<'a> {
         }
         let mut tiers = tiers(machine, &main, &capacity);
         drop_needless_disk(machine, &layers, &room, total, &mut tiers);
-        let problem = Self { spec, machine, request, main, tiers, layers, capacity, fixed, room, scenarios: None, miss_curves: None, time_limit_s: None };
+        let problem = Self {
+            spec,
+            machine,
+            request,
+            main,
+            tiers,
+            layers,
+            capacity,
+            fixed,
+            room,
+            scenarios: None,
+            miss_curves: None,
+            time_limit_s: None,
+        };
         problem.check_total(total)?;
         Ok(problem)
     }

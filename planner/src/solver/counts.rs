@@ -132,7 +132,8 @@ impl<'a> CountLayer<'a> {
 
     /// The layers differ in nothing that depends on the placement; then the difference in seconds.
     pub fn differs_only_by(&self, other: &Self) -> Option<f64> {
-        let same = |a: &LayerPrice, b: &LayerPrice| LayerPrice { fixed_s: 0.0, ..a.clone() } == LayerPrice { fixed_s: 0.0, ..b.clone() };
+        let same =
+            |a: &LayerPrice, b: &LayerPrice| LayerPrice { fixed_s: 0.0, ..a.clone() } == LayerPrice { fixed_s: 0.0, ..b.clone() };
         let alike = self.num_experts == other.num_experts && self.form.iter().zip(&other.form).all(|(a, b)| same(a.1, b.1));
         let fixed = |c: &Self| c.form.iter().map(|(w, p)| w * p.fixed_s).sum::<f64>();
         alike.then(|| fixed(self) - fixed(other))
@@ -144,8 +145,7 @@ impl<'a> CountLayer<'a> {
         let mut events = [Event::default(); MAX_EVENTS];
         let mut total = 0.0;
         for ((weight, p), order) in self.form.iter().zip(&self.order) {
-            let (active, ln_idle) =
-                (p.active.first().copied().unwrap_or(0.0), p.ln_idle.first().copied().unwrap_or(0.0));
+            let (active, ln_idle) = (p.active.first().copied().unwrap_or(0.0), p.ln_idle.first().copied().unwrap_or(0.0));
             let cached = (0..counts.len()).filter(|t| p.tiers[*t].copies == Copies::Misses).map(|t| counts[t]).sum();
             let miss_rate = p.misses.miss_rate(slots, cached);
             let mut n = 0;
@@ -190,7 +190,13 @@ impl<'a> CountLayer<'a> {
     /// The point with the least seconds plus `expert_price` per expert held in each memory, and a lower bound of that value.
     /// `start`, if given, is a good point to begin with; `max_held` is what a layer may hold at most, per memory; the search ends
     /// as `effort` says.
-    pub fn cheapest(&self, expert_price: &[f64], max_held: &[u32], start: Option<&Point>, effort: Effort) -> (Option<Found>, f64) {
+    pub fn cheapest(
+        &self,
+        expert_price: &[f64],
+        max_held: &[u32],
+        start: Option<&Point>,
+        effort: Effort,
+    ) -> (Option<Found>, f64) {
         let mut best: Option<(f64, Point)> = start.map(|p| (self.priced(p, expert_price), p.clone()));
         let mut proven = f64::INFINITY;
         let mut caches: Vec<Option<usize>> = vec![None];
@@ -346,9 +352,9 @@ impl<'a> CountLayer<'a> {
         let n = processors + self.num_links;
         let uses = |b: usize| {
             let tiers = self.form.iter().flat_map(|(_, p)| p.tiers.iter().enumerate());
-            tiers.filter(|(t, _)| self.through[*t].is_none() || self.through[*t] == cache).any(|(_, t)| {
-                t.processor == b || (t.copies != Copies::Never && processors + t.link == b)
-            })
+            tiers
+                .filter(|(t, _)| self.through[*t].is_none() || self.through[*t] == cache)
+                .any(|(_, t)| t.processor == b || (t.copies != Copies::Never && processors + t.link == b))
         };
         let used: Vec<usize> = (0..n).filter(|b| uses(*b)).collect();
         let unit = |b: usize| (0..n).map(|i| f64::from(u8::from(i == b))).collect::<Vec<f64>>();

@@ -50,7 +50,11 @@ pub(super) fn layer_options(problem: &Problem<'_>, index: usize) -> Vec<LayerPla
     let mut tier_of = vec![0_u8; layer.num_experts as usize];
     loop {
         let cached = tier_of.iter().filter(|t| problem.tiers[usize::from(**t)].through.is_some()).count() as u32;
-        let slots = if cached == 0 { 0..=0 } else { 1..=cached };
+        let mut caches: Vec<&str> = tier_of.iter().filter_map(|t| problem.tiers[usize::from(*t)].through.as_deref()).collect();
+        caches.sort_unstable();
+        caches.dedup();
+        // A layer's slots are in one memory.
+        let slots = if caches.len() > 1 { 1..=0 } else { cached.min(1)..=cached };
         options.extend(slots.map(|slots| LayerPlacement { tier_of: tier_of.clone(), slots }));
         if !advance(&mut tier_of, problem.tiers.len() as u8) {
             return options;

@@ -30,11 +30,9 @@ fn caches(problem: &Problem<'_>) -> Vec<(Option<(usize, f64)>, String)> {
     let mut caches: Vec<(Option<(usize, f64)>, String)> = vec![(None, "no cache".into())];
     for (t, tier) in problem.tiers.iter().enumerate() {
         let Some(through) = &tier.through else { continue };
-        caches.extend(
-            CACHE_SHARES
-                .iter()
-                .map(|share| (Some((t, *share)), format!("{:.0} % of {through}'s room as cache for {}", share * 100.0, tier.memory))),
-        );
+        caches.extend(CACHE_SHARES.iter().map(|share| {
+            (Some((t, *share)), format!("{:.0} % of {through}'s room as cache for {}", share * 100.0, tier.memory))
+        }));
     }
     caches
 }
@@ -82,7 +80,11 @@ impl Solver for Greedy {
                 }
             }
         }
-        let (_, placement, name) = best.ok_or_else(|| no_placement(problem))?;
+        let Some((_, placement, name)) = best else {
+            // So tight that no start fits: a small problem can be searched through.
+            let all = super::Exhaustive { max_states: 1e5 };
+            return all.solve(problem, prices).map_err(|_| no_placement(problem));
+        };
         Ok(Solution { placement, solver: "greedy", reason: format!("best of {tried} starts: {name}"), bound: None })
     }
 }

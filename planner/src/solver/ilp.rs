@@ -38,7 +38,6 @@ const MAX_BINARIES: usize = if cfg!(feature = "highs") { 500_000 } else { 600 };
 const ENGINE: &str = if cfg!(feature = "highs") { "HiGHS" } else { "microlp" };
 /// Times are in microseconds: numbers of similar size keep the simplex method stable.
 const MICRO: f64 = 1e6;
-const MIB: f64 = 1_048_576.0;
 
 /// An integer program to minimise.
 struct Program {
@@ -92,9 +91,16 @@ fn columns_of(problem: &Problem<'_>) -> f64 {
 }
 
 impl Ilp {
+    /// All placements of all layers are few enough to be listed: the result is exact.
+    pub(super) fn lists_all(problem: &Problem<'_>) -> bool {
+        columns_of(problem) <= MAX_COLUMNS / 4.0
+    }
+
     /// Every way to place every layer, and one of them for each.
     fn all_columns(&self, problem: &Problem<'_>, form: &Weights<'_>) -> Result<(Placement, Bound, String), PlanError> {
         let mut p = Program::new();
+        // Sizes are in experts: round numbers.
+        let unit = problem.layers.first().map_or(1.0, |l| l.expert_bytes.0 as f64);
         let mut used: Vec<Expression> = problem.room.iter().map(|_| Expression::from(0.0)).collect();
         let mut options: Vec<Vec<(Variable, LayerPlacement)>> = Vec::new();
         let other_s: f64 = form.iter().map(|(w, t)| w * t.other_s).sum();
@@ -107,14 +113,14 @@ impl Ilp {
                 p.goal.add_mul(seconds * MICRO, x);
                 all.add_mul(1.0, x);
                 for (sum, bytes) in used.iter_mut().zip(super::polish::bytes_of(problem, i, &option)) {
-                    sum.add_mul(bytes as f64 / MIB, x);
+                    sum.add_mul(bytes as f64 / unit, x);
                 }
                 list.push((x, option));
             }
             p.constraints.push(constraint!(all == 1.0));
             options.push(list);
         }
-        p.rooms(used, problem.room.iter().map(|b| b.0 as f64));
+        p.rooms(used, problem.room.iter().map(|b| b.0 as f64 / unit));
         let count = p.columns.len();
         let solved = self.run(p)?;
         let mut at = 0;
@@ -125,19 +131,34 @@ impl Ilp {
             list.into_iter().nth(chosen).map(|(_, option)| option).expect("every layer has an option")
         });
         let placement = Placement { layers: layers.collect() };
-        let value: f64 =
-            other_s + placement.layers.iter().enumerate().map(|(i, l)| form.iter().map(|(w, t)| w * layer_seconds(t, i, l)).sum::<f64>()).sum::<f64>();
+        let value: f64 = other_s
+            + placement
+                .layers
+                .iter()
+                .enumerate()
+                .map(|(i, l)| form.iter().map(|(w, t)| w * layer_seconds(t, i, l)).sum::<f64>())
+                .sum::<f64>();
         let seconds = solved.bound.map_or(value * (1.0 - self.gap), |b| b / MICRO + other_s);
-        let bound = Bound { seconds, method: format!("integer program over all placements of layers ({ENGINE})"), saved_s_per_byte: Vec::new() };
+        let bound = Bound {
+            seconds,
+            method: format!("integer program over all placements of layers ({ENGINE})"),
+            saved_s_per_byte: Vec::new(),
+        };
         Ok((placement, bound, format!("{count} columns, all placements of every layer")))
     }
 
     /// A variable for every expert and tier, started from the heuristic.
-    fn by_experts(&self, problem: &Problem<'_>, prices: &Prices, form: &Weights<'_>) -> Result<(Placement, Bound, String), PlanError> {
+    fn by_experts(
+        &self,
+        problem: &Problem<'_>,
+        prices: &Prices,
+        form: &Weights<'_>,
+    ) -> Result<(Placement, Bound, String), PlanError> {
         let heuristic = Local::default().solve(problem, prices)?;
         let told_apart = form.iter().flat_map(|(_, t)| &t.classes).any(|c| c.active.windows(2).any(|p| p[0] != p[1]));
         let binaries = problem.layers.iter().map(|l| l.num_experts as usize).sum::<usize>() * problem.tiers.len();
-        let refuse = |what: &'static str| PlanError::TooLarge { solver: what, states: binaries as f64, limit: MAX_BINARIES as f64 };
+        let refuse =
+            |what: &'static str| PlanError::TooLarge { solver: what, states: binaries as f64, limit: MAX_BINARIES as f64 };
         if !told_apart {
             // Columns of whole layers are this program already, without its symmetries.
             let bound = heuristic.bound.ok_or_else(|| refuse("ilp"))?;
@@ -147,7 +168,25 @@ impl Ilp {
             return Err(refuse(if cfg!(feature = "highs") { "ilp" } else { "ilp without HiGHS (cargo build --features highs)" }));
         }
         let lp = Linear::new(problem, form, &heuristic.placement).ok_or_else(|| refuse("ilp"))?;
-        let (program, experts) = expert_program(&lp, &heuristic.placement);
+        let (placement, dual) = self.solve_experts(problem, &lp, &heuristic.placement)?;
+        let better = usage(problem, &placement).is_ok()
+            && prices.objective(problem, &placement) < prices.objective(problem, &heuristic.placement);
+        let heuristic_bound = heuristic.bound.as_ref().map_or(f64::NEG_INFINITY, |b| b.seconds);
+        let bound = Bound {
+            seconds: dual.max(heuristic_bound),
+            method: format!("integer program over experts and steps ({ENGINE}); share of cached experts with slots held"),
+            saved_s_per_byte: heuristic.bound.map(|b| b.saved_s_per_byte).unwrap_or_default(),
+        };
+        let how = format!(
+            "{binaries} binary variables, started from the heuristic, which was {}",
+            if better { "improved" } else { "not improved" }
+        );
+        Ok((if better { placement } else { heuristic.placement }, bound, how))
+    }
+
+    /// The program over experts and steps: a placement and a lower bound.
+    fn solve_experts(&self, problem: &Problem<'_>, lp: &Linear, start: &Placement) -> Result<(Placement, f64), PlanError> {
+        let (program, experts) = expert_program(lp, start);
         let solved = self.run(program)?;
         let tier_of: Vec<Vec<u8>> = experts
             .iter()
@@ -159,18 +198,20 @@ impl Ilp {
                 layer.iter().map(most).collect()
             })
             .collect();
-        let placement = super::local::with_slots(problem, &lp, lp.placement(problem, &tier_of));
-        let better = usage(problem, &placement).is_ok()
-            && prices.objective(problem, &placement) < prices.objective(problem, &heuristic.placement);
-        let heuristic_bound = heuristic.bound.as_ref().map_or(f64::NEG_INFINITY, |b| b.seconds);
-        let dual = solved.bound.map_or(f64::NEG_INFINITY, |b| b / MICRO + lp.constant_s());
-        let bound = Bound {
-            seconds: dual.max(heuristic_bound),
-            method: format!("integer program over experts and steps ({ENGINE}); share of cached experts with slots held"),
-            saved_s_per_byte: heuristic.bound.map(|b| b.saved_s_per_byte).unwrap_or_default(),
-        };
-        let how = format!("{binaries} binary variables, started from the heuristic, which was {}", if better { "improved" } else { "not improved" });
-        Ok((if better { placement } else { heuristic.placement }, bound, how))
+        let placement = super::local::with_slots(problem, lp, lp.placement(problem, &tier_of));
+        Ok((placement, solved.bound.map_or(f64::NEG_INFINITY, |b| b / MICRO + lp.constant_s())))
+    }
+
+    /// The same around a given placement, for tests.
+    #[cfg(test)]
+    pub(super) fn solve_static(
+        &self,
+        problem: &Problem<'_>,
+        form: &Weights<'_>,
+        start: &Placement,
+    ) -> Result<(Placement, f64), PlanError> {
+        let lp = Linear::new(problem, form, start).expect("a small problem");
+        self.solve_experts(problem, &lp, start)
     }
 
     #[cfg(feature = "highs")]
@@ -244,8 +285,8 @@ impl Program {
     }
 
     fn rooms(&mut self, used: Vec<Expression>, room: impl Iterator<Item = f64>) {
-        for (sum, bytes) in used.into_iter().zip(room) {
-            self.constraints.push(constraint!(sum <= bytes / MIB));
+        for (sum, experts) in used.into_iter().zip(room) {
+            self.constraints.push(constraint!(sum <= experts));
         }
     }
 }
@@ -256,6 +297,7 @@ type ExpertColumns = Vec<Vec<Vec<Option<usize>>>>;
 /// The program over experts and steps, with `start` as the solution to begin with.
 fn expert_program(lp: &Linear, start: &Placement) -> (Program, ExpertColumns) {
     let mut p = Program::new();
+    let unit = lp.layers.first().map_or(1.0, |l| l.uses[0][0].1);
     let mut used: Vec<Expression> = lp.room.iter().map(|_| Expression::from(0.0)).collect();
     let mut experts: ExpertColumns = Vec::new();
     for (layer, begun) in lp.layers.iter().zip(&start.layers) {
@@ -275,7 +317,7 @@ fn expert_program(lp: &Linear, start: &Placement) -> (Program, ExpertColumns) {
                 p.start.push((x, f64::from(u8::from(usize::from(begun.tier_of[e]) == k))));
                 all.add_mul(1.0, x);
                 for (m, bytes) in &layer.uses[k] {
-                    used[*m].add_mul(bytes / MIB, x);
+                    used[*m].add_mul(bytes / unit, x);
                 }
                 row.push(Some(x));
             }
@@ -324,6 +366,6 @@ fn expert_program(lp: &Linear, start: &Placement) -> (Program, ExpertColumns) {
         }
         experts.push(columns);
     }
-    p.rooms(used, lp.room.iter().copied());
+    p.rooms(used, lp.room.iter().map(|b| b / unit));
     (p, experts)
 }

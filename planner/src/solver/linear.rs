@@ -122,7 +122,8 @@ impl Linear {
                 })
                 .collect();
             let prices: Vec<(f64, &LayerPrice)> = form.iter().map(|(w, t)| (*w, t.layer(i))).collect();
-            let steps: Vec<Step> = prices.iter().enumerate().flat_map(|(k, (w, price))| steps(price, k, *w, p.slots, cached)).collect();
+            let steps: Vec<Step> =
+                prices.iter().enumerate().flat_map(|(k, (w, price))| steps(price, k, *w, p.slots, cached)).collect();
             let mut steps_of = vec![Vec::new(); layer.num_experts as usize];
             for (s, step) in steps.iter().enumerate() {
                 for active in &step.active {

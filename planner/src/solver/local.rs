@@ -42,7 +42,8 @@ impl Solver for Local {
                     let greedy = Greedy.solve(problem, prices)?;
                     let start = std::slice::from_ref(&greedy.placement);
                     let Some(c) = columns::solve(problem, &form, start)? else { return Ok(greedy) };
-                    let bound = Bound { seconds: c.bound_s, method: columns::METHOD.into(), saved_s_per_byte: c.saved_s_per_byte };
+                    let bound =
+                        Bound { seconds: c.bound_s, method: columns::METHOD.into(), saved_s_per_byte: c.saved_s_per_byte };
                     told = format!("greedy ({}), then whole columns of layers", greedy.reason);
                     (std::iter::once(greedy.placement).chain(c.placement).collect(), bound)
                 }
@@ -122,7 +123,7 @@ pub(super) fn with_slots(problem: &Problem<'_>, lp: &Linear, mut placement: Plac
 }
 
 /// The best whole-expert placement found around fractions and from the start. `[layers][experts]`
-fn search(lp: &Linear, relaxed: &Relaxed, start: Vec<Vec<u8>>, work: f64) -> Option<Vec<Vec<u8>>> {
+pub(super) fn search(lp: &Linear, relaxed: &Relaxed, start: Vec<Vec<u8>>, work: f64) -> Option<Vec<Vec<u8>>> {
     let mut best: Option<(f64, Vec<Vec<u8>>)> = None;
     let mut from_prices = Search::rounded(lp, &relaxed.x);
     from_prices.descend(&relaxed.price, 6);

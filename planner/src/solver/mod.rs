@@ -32,7 +32,7 @@ pub(crate) const MAX_RESOURCES: usize = 64;
 /// Which solver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SolverKind {
-    /// Exhaustive for tiny problems, else local search; the plan says which and why.
+    /// Exhaustive for tiny problems, the integer program for small ones, else local search; the plan says which and why.
     #[default]
     Auto,
     /// Most seconds saved per byte first, then moves within layers.
@@ -54,7 +54,11 @@ impl std::str::FromStr for SolverKind {
             "local" => Ok(Self::Local),
             "ilp" => Ok(Self::Ilp),
             "exhaustive" => Ok(Self::Exhaustive),
-            _ => Err(PlanError::BadRequest { field: "solver", found: s.into(), expected: "auto, greedy, local, ilp or exhaustive".into() }),
+            _ => Err(PlanError::BadRequest {
+                field: "solver",
+                found: s.into(),
+                expected: "auto, greedy, local, ilp or exhaustive".into(),
+            }),
         }
     }
 }
@@ -110,6 +114,8 @@ pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result
             let states = Exhaustive::states(problem);
             let (mut s, why) = if states <= small.max_states {
                 (small.solve(problem, prices)?, format!("auto: {states} placement(s), all tried"))
+            } else if Ilp::lists_all(problem) {
+                (Ilp::default().solve(problem, prices)?, "auto: few ways to place each layer, so an exact program".to_string())
             } else {
                 (Local::default().solve(problem, prices)?, "auto: too many placements to try all".to_string())
             };
@@ -118,3 +124,6 @@ pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

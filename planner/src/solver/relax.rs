@@ -51,9 +51,12 @@ pub(super) fn relax(lp: &Linear, start: &[Vec<u8>], effort: Effort) -> Relaxed {
         mu: lp.layers.iter().zip(&method.layouts).zip(&method.sigma).map(|((l, rows), s)| even(l, rows, s)).collect(),
         lambda: vec![0.0; lp.room.len()],
     };
-    let per_iteration: f64 =
-        lp.layers.iter().flat_map(|l| l.steps.iter().map(|s| (s.active.len() * 2 * l.phases[s.phase].costs.len()) as f64)).sum::<f64>()
-            + lp.layers.iter().map(|l| (l.num_experts * lp.num_tiers * 6) as f64).sum::<f64>();
+    let per_iteration: f64 = lp
+        .layers
+        .iter()
+        .flat_map(|l| l.steps.iter().map(|s| (s.active.len() * 2 * l.phases[s.phase].costs.len()) as f64))
+        .sum::<f64>()
+        + lp.layers.iter().map(|l| (l.num_experts * lp.num_tiers * 6) as f64).sum::<f64>();
     let rounds = ((effort.work / per_iteration / LOOK as f64) as usize).clamp(4, 400);
 
     let mut best = (f64::NEG_INFINITY, now.clone());
@@ -210,8 +213,7 @@ impl Method {
             let widest = |e: usize| column[e * t..(e + 1) * t].iter().copied().fold(1e-12, f64::max);
             tau.push((0..layer.num_experts).map(|e| 1.0 / widest(e)).collect());
         }
-        let sigma_room =
-            room_rows.iter().zip(&faster).map(|(row, f)| if *row > 0.0 { f / row } else { 0.0 }).collect();
+        let sigma_room = room_rows.iter().zip(&faster).map(|(row, f)| if *row > 0.0 { f / row } else { 0.0 }).collect();
         Self { scale, omega: 1.0, layouts, sigma, sigma_room, tau, gradient: Vec::new() }
     }
 
@@ -250,7 +252,11 @@ impl Method {
                 let row = &mut mu[first..end];
                 for (i, m) in row.iter_mut().enumerate() {
                     let length = sigma[first + i];
-                    *m = if length > 0.0 { *m + self.omega * length * loads[i] * self.scale * step.weight } else { f64::NEG_INFINITY };
+                    *m = if length > 0.0 {
+                        *m + self.omega * length * loads[i] * self.scale * step.weight
+                    } else {
+                        f64::NEG_INFINITY
+                    };
                 }
                 onto_simplex(row, step.weight);
             }

@@ -214,8 +214,7 @@ impl<'a> Search<'a> {
         offers.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut changed: Vec<usize> = Vec::new();
         for (_, moves) in offers {
-            let places: Vec<_> =
-                moves.iter().map(|(l, e, to)| (*l, usize::from(self.tier_of[*l][*e]), *to)).collect();
+            let places: Vec<_> = moves.iter().map(|(l, e, to)| (*l, usize::from(self.tier_of[*l][*e]), *to)).collect();
             if moves.iter().any(|(l, _, _)| changed.contains(l)) || !self.fits(&places) {
                 continue;
             }
