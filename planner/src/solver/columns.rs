@@ -52,7 +52,8 @@ pub(super) struct Columns {
     pub saved_s_per_byte: Vec<f64>,
 }
 
-/// Solves `form`; `starts` are feasible placements, of which there must be one. `None` when experts of a layer differ.
+/// Solves `form`; `starts` are feasible placements, of which there must be one. `None` when experts of a layer differ
+/// or the machine has too many tiers.
 ///
 /// # Errors
 /// [`PlanError::Bound`] when a linear program fails.
@@ -77,7 +78,7 @@ pub(super) fn solve(problem: &Problem<'_>, form: &Weights<'_>, starts: &[Placeme
         let (value, duals) = master_dual(&classes, &room)?;
         // Far from the end a rough search is enough.
         let close = (gap * 0.05_f64).clamp(CLOSE, 1e-2);
-        let effort = Effort { close, max_regions: MAX_REGIONS };
+        let effort = Effort { close, max_regions: MAX_REGIONS * 16 / problem.tiers.len().pow(2).max(16) };
         let mut lagrangian = -duals.iter().zip(&room).map(|(p, r)| p * r).sum::<f64>();
         let mut added = false;
         let mut searched: Vec<(usize, Option<Point>, f64)> = Vec::new();

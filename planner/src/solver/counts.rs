@@ -108,7 +108,9 @@ struct Mix {
     per_copy: Vec<f64>,
 }
 
-/// Events of more tiers than this are not searched.
+/// With more tiers than this (nodes of many GPUs) the search would take too long.
+const MAX_TIERS: usize = 8;
+/// Events of so many tiers.
 const MAX_EVENTS: usize = 64;
 
 impl<'a> CountLayer<'a> {
@@ -116,7 +118,7 @@ impl<'a> CountLayer<'a> {
     pub fn new(problem: &Problem<'_>, form: &Weights<'a>, index: usize) -> Option<Self> {
         let form: Vec<_> = form.iter().map(|(w, table)| (*w, table.layer(index))).collect();
         let alike = |p: &LayerPrice| p.scenarios.is_none() && p.active.windows(2).all(|a| a[0] == a[1]);
-        if problem.tiers.len() * 2 > MAX_EVENTS || !form.iter().all(|(_, p)| alike(p)) {
+        if problem.tiers.len() > MAX_TIERS || !form.iter().all(|(_, p)| alike(p)) {
             return None;
         }
         let links = form.iter().flat_map(|(_, p)| &p.tiers).map(|t| t.link + 1).max().unwrap_or(0);

@@ -41,7 +41,12 @@ impl Solver for Local {
                 None => {
                     let greedy = Greedy.solve(problem, prices)?;
                     let start = std::slice::from_ref(&greedy.placement);
-                    let Some(c) = columns::solve(problem, &form, start)? else { return Ok(greedy) };
+                    let Some(c) = columns::solve(problem, &form, start)? else {
+                        return Ok(Solution {
+                            reason: format!("{}; more tiers than the search with proof handles", greedy.reason),
+                            ..greedy
+                        });
+                    };
                     let bound =
                         Bound { seconds: c.bound_s, method: columns::METHOD.into(), saved_s_per_byte: c.saved_s_per_byte };
                     told = format!("greedy ({}), then whole columns of layers", greedy.reason);
