@@ -1,15 +1,20 @@
 //! What an operation or a transfer costs: bytes and operations first, then seconds with the source of the estimate.
 //!
 //! `work` counts bytes and operations (the one place that does), [`Roofline`] turns them into seconds on a machine that nobody
-//! measured. Measured tables come later, behind the same trait.
+//! measured, [`Calibrated`] on one that `calibrate` measured; [`cost_model`] chooses.
 
+mod calibrated;
+mod curve;
 mod roofline;
 mod work;
 
-pub use roofline::{Range, Roofline};
-pub use work::{LayerWork, StepWork, Work, expected_distinct, op_work, step_limit, step_limit_at, step_work};
+pub use calibrated::Calibrated;
+pub use roofline::{HostCopies, Range, Roofline};
+pub use work::{
+    ByFormat, LayerWork, MatrixWork, StepWork, Work, expected_distinct, op_work, step_limit, step_limit_at, step_work,
+};
 
-use crate::machine::{Link, Memory, Processor};
+use crate::machine::{Link, Machine, Memory, Processor};
 use crate::units::Bytes;
 
 /// How an estimate was made.
@@ -70,6 +75,14 @@ pub trait CostModel: Send + Sync {
 
     /// One round trip in a layer: handing inputs to `p` and results back, when `p` is not the main processor.
     fn sync(&self, p: &Processor) -> Estimate;
+}
+
+/// The best model for a machine: its own samples if `calibrate` left some, else the roofline.
+pub fn cost_model(machine: &Machine) -> Box<dyn CostModel> {
+    match &machine.calibration {
+        Some(c) => Box::new(Calibrated::new(machine, c)),
+        None => Box::new(Roofline::default()),
+    }
 }
 
 #[cfg(test)]

@@ -60,6 +60,11 @@ fn operations_add_up_to_the_step() {
         let step = step_work(&spec, batch, QuantFormat::F16).total();
         assert_eq!((by_op.weight_bytes, by_op.kv_bytes), (step.weight_bytes, step.kv_bytes), "{batch:?}");
         assert!((by_op.flops / step.flops - 1.0).abs() < 1e-9, "{batch:?}");
+        assert!((by_op.attention_flops / step.attention_flops - 1.0).abs() < 1e-9, "{batch:?}");
+        assert!((by_op.activations / step.activations - 1.0).abs() < 1e-9, "{batch:?}");
+        for ((format, a), (_, b)) in by_op.matrices.iter().zip(step.matrices.iter()) {
+            assert!((a.bytes / b.bytes - 1.0).abs() < 1e-6 && (a.flops / b.flops - 1.0).abs() < 1e-9, "{batch:?} {format}");
+        }
     }
 }
 
@@ -107,7 +112,7 @@ fn roofline_by_hand() {
     let (cpu, gpu) = (machine.processor("cpu0").unwrap(), machine.processor("gpu0").unwrap());
     let (dram, vram) = (machine.memory("dram0").unwrap(), machine.memory("vram0").unwrap());
     let model = Roofline::default();
-    let work = Work { weight_bytes: Bytes(1_000_000_000), kv_bytes: Bytes(24_000_000), flops: 1e9 };
+    let work = Work { weight_bytes: Bytes(1_000_000_000), kv_bytes: Bytes(24_000_000), flops: 1e9, ..Work::default() };
     let e = model.compute(cpu, dram, work, 2);
     assert!((e.seconds - (1.024e9 / (0.68 * 51.2e9) + 10e-6)).abs() < 1e-12, "{e:?}");
     assert!(e.low < e.seconds && e.seconds < e.high && e.source == EstimateSource::Prior);

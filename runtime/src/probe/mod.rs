@@ -87,6 +87,7 @@ pub fn probe_machine(options: ProbeOptions) -> Result<Machine> {
         memories: vec![dram, disk],
         processors: vec![cpu],
         links: vec![link],
+        calibration: None,
     };
     machine.check()?;
     Ok(machine)
