@@ -93,7 +93,8 @@ impl Loaded {
     pub fn predicted_decode(&self, past: usize) -> Result<Interval> {
         let at = u32::try_from(past).unwrap_or(u32::MAX / 2).clamp(1, u32::MAX / 2);
         // Plans predict decoding at half of the context.
-        let seconds = self.predicted_seconds(|r| r.context = 2 * at, |prices, _, placement| step_seconds(&prices.decode, placement))?;
+        let seconds =
+            self.predicted_seconds(|r| r.context = 2 * at, |prices, _, placement| step_seconds(&prices.decode, placement))?;
         Ok(per_second(1.0, seconds))
     }
 

@@ -116,7 +116,7 @@ fn describe(machine: &Machine, c: &Calibration) -> String {
         }),
         true,
     );
-    text += &format!("\n\nfork and join of the threads: {} us\n", spread(&c.launch_us));
+    text += &format!("\n\nwaking all threads and waiting for them: {} us\n", spread(&c.launch_us));
     if !c.disk.is_empty() {
         text += "\n";
         text += &ui::table(

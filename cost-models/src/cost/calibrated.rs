@@ -94,9 +94,8 @@ impl Calibrated {
             let elements = 3.0 * f64::from(s.hidden) * f64::from(s.inner) * s.distinct;
             (s.format, s.tokens, s.distinct, us(&s.us, elements))
         }));
-        let matmuls = tables(
-            c.matmuls.iter().map(|s| (s.format, s.tokens, 1.0, us(&s.us, f64::from(s.rows) * f64::from(s.cols)))),
-        );
+        let matmuls =
+            tables(c.matmuls.iter().map(|s| (s.format, s.tokens, 1.0, us(&s.us, f64::from(s.rows) * f64::from(s.cols)))));
         let attention = c.attention.iter().map(|s| (s.flops_per_byte, us(&s.us, s.kv_bytes))).collect();
         let small = c.small.iter().map(|s| (s.elements, us(&s.us, s.elements))).collect();
         let mut errors: Vec<f64> = Vec::new();

@@ -30,7 +30,8 @@ impl Spread {
         sorted.sort_by(f64::total_cmp);
         let (first, last) = (*sorted.first()?, *sorted.last()?);
         let middle = sorted.len() / 2;
-        let median = if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
+        let median =
+            if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
         (first.is_finite() && first > 0.0 && last.is_finite()).then_some(Self {
             median,
             min: first,
@@ -175,7 +176,7 @@ pub struct Calibration {
     /// What was not measured, and why; what disturbed.
     #[serde(default)]
     pub notes: Vec<String>,
-    /// Fork and join of the threads, in microseconds.
+    /// Waking all threads and waiting for them, in microseconds.
     pub launch_us: Spread,
     /// By node and threads.
     pub read: Vec<ReadSample>,
@@ -215,10 +216,7 @@ impl Calibration {
                 .iter()
                 .map(|s| format!("{} {} {} {} {} {}", s.format, s.hidden, s.inner, s.tokens, s.distinct, s.us.median))
                 .collect(),
-            self.matmuls
-                .iter()
-                .map(|s| format!("{} {} {} {} {}", s.format, s.rows, s.cols, s.tokens, s.us.median))
-                .collect(),
+            self.matmuls.iter().map(|s| format!("{} {} {} {} {}", s.format, s.rows, s.cols, s.tokens, s.us.median)).collect(),
             self.attention.iter().map(|s| format!("{} {} {}", s.flops_per_byte, s.kv_bytes, s.us.median)).collect(),
             self.small.iter().map(|s| format!("{} {}", s.elements, s.us.median)).collect(),
             self.disk.iter().map(|s| format!("{} {} {}", s.depth, s.block, s.gb_per_s.median)).collect(),
@@ -258,7 +256,9 @@ impl Calibration {
             return bad("memory", format!("{:?}", self.memory), &format!("one of those that {} computes from", p.id));
         }
         match &self.disk_memory {
-            Some(id) if machine.memory(id).is_none() => return bad("disk_memory", format!("{id:?}"), "the id of one of the memories"),
+            Some(id) if machine.memory(id).is_none() => {
+                return bad("disk_memory", format!("{id:?}"), "the id of one of the memories");
+            }
             None if !self.disk.is_empty() => return bad("disk_memory", "absent".into(), "the disk that the samples are of"),
             _ => {}
         }
@@ -267,12 +267,91 @@ impl Calibration {
         }
         // (list, may be empty, keys and spread of each sample)
         let lists: [(&str, bool, Vec<Row<'_>>); 6] = [
-            ("read", false, self.read.iter().map(|s| Row::new(&[s.node.map_or(-1.0, f64::from), f64::from(s.threads)], &[("threads", f64::from(s.threads))], "gb_per_s", &s.gb_per_s)).collect()),
-            ("experts", false, self.experts.iter().map(|s| Row::new(&[f64::from(s.format as u8), s.tokens, s.distinct], &[("hidden", f64::from(s.hidden)), ("inner", f64::from(s.inner)), ("tokens", s.tokens), ("distinct", s.distinct)], "us", &s.us)).collect()),
-            ("matmuls", false, self.matmuls.iter().map(|s| Row::new(&[f64::from(s.format as u8), s.tokens], &[("rows", f64::from(s.rows)), ("cols", f64::from(s.cols)), ("tokens", s.tokens)], "us", &s.us)).collect()),
-            ("attention", false, self.attention.iter().map(|s| Row::new(&[s.flops_per_byte], &[("flops_per_byte", s.flops_per_byte), ("kv_bytes", s.kv_bytes)], "us", &s.us)).collect()),
-            ("small", false, self.small.iter().map(|s| Row::new(&[s.elements], &[("elements", s.elements)], "us", &s.us)).collect()),
-            ("disk", true, self.disk.iter().map(|s| Row::new(&[f64::from(s.depth), s.block as f64], &[("depth", f64::from(s.depth)), ("block", s.block as f64)], "gb_per_s", &s.gb_per_s)).collect()),
+            (
+                "read",
+                false,
+                self.read
+                    .iter()
+                    .map(|s| {
+                        Row::new(
+                            &[s.node.map_or(-1.0, f64::from), f64::from(s.threads)],
+                            &[("threads", f64::from(s.threads))],
+                            "gb_per_s",
+                            &s.gb_per_s,
+                        )
+                    })
+                    .collect(),
+            ),
+            (
+                "experts",
+                false,
+                self.experts
+                    .iter()
+                    .map(|s| {
+                        Row::new(
+                            &[f64::from(s.format as u8), s.tokens, s.distinct],
+                            &[
+                                ("hidden", f64::from(s.hidden)),
+                                ("inner", f64::from(s.inner)),
+                                ("tokens", s.tokens),
+                                ("distinct", s.distinct),
+                            ],
+                            "us",
+                            &s.us,
+                        )
+                    })
+                    .collect(),
+            ),
+            (
+                "matmuls",
+                false,
+                self.matmuls
+                    .iter()
+                    .map(|s| {
+                        Row::new(
+                            &[f64::from(s.format as u8), s.tokens],
+                            &[("rows", f64::from(s.rows)), ("cols", f64::from(s.cols)), ("tokens", s.tokens)],
+                            "us",
+                            &s.us,
+                        )
+                    })
+                    .collect(),
+            ),
+            (
+                "attention",
+                false,
+                self.attention
+                    .iter()
+                    .map(|s| {
+                        Row::new(
+                            &[s.flops_per_byte],
+                            &[("flops_per_byte", s.flops_per_byte), ("kv_bytes", s.kv_bytes)],
+                            "us",
+                            &s.us,
+                        )
+                    })
+                    .collect(),
+            ),
+            (
+                "small",
+                false,
+                self.small.iter().map(|s| Row::new(&[s.elements], &[("elements", s.elements)], "us", &s.us)).collect(),
+            ),
+            (
+                "disk",
+                true,
+                self.disk
+                    .iter()
+                    .map(|s| {
+                        Row::new(
+                            &[f64::from(s.depth), s.block as f64],
+                            &[("depth", f64::from(s.depth)), ("block", s.block as f64)],
+                            "gb_per_s",
+                            &s.gb_per_s,
+                        )
+                    })
+                    .collect(),
+            ),
         ];
         for (list, may_be_empty, rows) in &lists {
             if rows.is_empty() && !may_be_empty {
@@ -286,7 +365,11 @@ impl Calibration {
                     return bad(&format!("{list}[{i}].{}.{part}", row.spread_name), found, SPREAD);
                 }
                 if i > 0 && rows[i - 1].keys.partial_cmp(&row.keys) != Some(std::cmp::Ordering::Less) {
-                    return bad(&format!("{list}[{i}]"), "a sample out of order or given twice".into(), "samples ascending by their keys");
+                    return bad(
+                        &format!("{list}[{i}]"),
+                        "a sample out of order or given twice".into(),
+                        "samples ascending by their keys",
+                    );
                 }
             }
         }

@@ -8,9 +8,7 @@ mod calibration;
 mod check;
 mod file;
 
-pub use calibration::{
-    AttentionSample, Calibration, DiskSample, ExpertSample, MatmulSample, ReadSample, SmallSample, Spread,
-};
+pub use calibration::{AttentionSample, Calibration, DiskSample, ExpertSample, MatmulSample, ReadSample, SmallSample, Spread};
 
 use crate::model::Fnv;
 use crate::units::{Bytes, BytesPerS, FlopsPerS, Seconds};

@@ -10,8 +10,7 @@ use super::host::{self, HostFacts, host_facts};
 use super::layer::{AttentionWork, SmallWork};
 use super::timing::{Case, Rounds, run_rounds};
 use super::weights::{ExpertShape, ExpertWork, MatmulWork, PIECE, Pool, Workspace};
-use super::{Measured, describe, launch_latency, matmul_rate};
-use crate::backend::discover;
+use super::{Measured, describe, matmul_rate};
 use crate::error::{Result, RuntimeError};
 use crate::exec::threads::Threads;
 use rayon::prelude::*;
@@ -116,13 +115,11 @@ fn pool_bytes(effort: &Effort, facts: &HostFacts) -> Bytes {
 
 /// Which GPUs there are, and that nobody measured them.
 fn gpu_notes() -> Vec<String> {
-    let found: Vec<String> = discover()
-        .into_iter()
-        .flat_map(|r| r.devices)
-        .filter(|d| !d.kind.contains("software"))
-        .map(|d| format!("{} not measured: this version executes nothing on a GPU", d.name))
-        .collect();
-    if found.is_empty() { vec!["no GPU found: not measured".into()] } else { found }
+    let found = host::gpus();
+    if found.is_empty() {
+        return vec!["no GPU found: not measured".into()];
+    }
+    found.iter().map(|id| format!("GPU {id} not measured: this version executes nothing on a GPU")).collect()
 }
 
 /// 1, 2, 4, ... and all threads.
@@ -142,9 +139,7 @@ fn read_samples(
 ) -> Result<Vec<ReadSample>> {
     let nodes = host::numa_nodes();
     if nodes > 1 {
-        notes.push(format!(
-            "{nodes} NUMA nodes: threads were not bound to one, so memory was read from all of them together"
-        ));
+        notes.push(format!("{nodes} NUMA nodes: threads were not bound to one, so memory was read from all of them together"));
     }
     let kernels = threads.kernels();
     let counts = thread_counts(threads.count());
@@ -154,10 +149,8 @@ fn read_samples(
         let (a, b) = floats.split_at(floats.len() / 2);
         std::hint::black_box(kernels.dot_f32(a, &b[..a.len()]));
     };
-    let mut cases: Vec<Case<'_>> = pools
-        .iter()
-        .map(|t| Case::new(move || t.pool().install(|| pool.bytes().par_chunks(PIECE).for_each(read))))
-        .collect();
+    let mut cases: Vec<Case<'_>> =
+        pools.iter().map(|t| Case::new(move || t.pool().install(|| pool.bytes().par_chunks(PIECE).for_each(read)))).collect();
     let rounds = Rounds { time: effort.time.0, at_least: effort.rounds, visit: Duration::ZERO };
     run_rounds(&mut cases, rounds, progress);
     let gigabytes = pool.bytes().len() as f64 / 1e9;
@@ -177,9 +170,20 @@ fn no_sample() -> RuntimeError {
     RuntimeError::BadRequest { what: "clock", found: "runs without length".into(), expected: "a clock that advances".into() }
 }
 
-/// Fork and join, each run the median of many.
+/// Waking every thread and waiting for all of them, each run the mean of many.
 fn launch_runs(threads: &Threads, rounds: usize) -> Result<Spread> {
-    let us: Vec<f64> = (0..rounds.max(5)).map(|_| launch_latency(threads).0 * 1e6).collect();
+    const REPEATS: u32 = 200;
+    let pool = threads.pool();
+    let us: Vec<f64> = pool.install(|| {
+        let run = |_| {
+            let start = Instant::now();
+            for _ in 0..REPEATS {
+                pool.broadcast(|context| std::hint::black_box(context.index()));
+            }
+            start.elapsed().as_secs_f64() * 1e6 / f64::from(REPEATS)
+        };
+        (0..rounds.max(5)).map(run).collect()
+    });
     Spread::of(&us).ok_or_else(no_sample)
 }
 
@@ -259,9 +263,8 @@ fn compute_samples(threads: &Threads, pool: &Pool, effort: &Effort, progress: &m
         attention.push(AttentionSample { us: next()?, ..sample });
     }
     // Ascending by intensity; of two with the same one the longer run says more.
-    attention.sort_by(|a: &AttentionSample, b| {
-        a.flops_per_byte.total_cmp(&b.flops_per_byte).then(b.kv_bytes.total_cmp(&a.kv_bytes))
-    });
+    attention
+        .sort_by(|a: &AttentionSample, b| a.flops_per_byte.total_cmp(&b.flops_per_byte).then(b.kv_bytes.total_cmp(&a.kv_bytes)));
     attention.dedup_by(|later, kept| (later.flops_per_byte / kept.flops_per_byte - 1.0).abs() < 0.02);
     let mut small = Vec::new();
     for elements in small_keys {

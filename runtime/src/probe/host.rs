@@ -195,6 +195,20 @@ fn parse_cache_size(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(unit)
 }
 
+/// Display and 3D controllers of vendors that make GPUs, as `vendor:device`. From the bus, because asking drivers loads them.
+pub(super) fn gpus() -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten() {
+        let read = |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default().trim().to_string();
+        // Class 03: display controllers. Vendors: NVIDIA, AMD, Intel; others' are screens of servers and virtual machines.
+        if read("class").starts_with("0x03") && ["0x10de", "0x1002", "0x8086"].contains(&read("vendor").as_str()) {
+            found.push(format!("{}:{}", read("vendor").trim_start_matches("0x"), read("device").trim_start_matches("0x")));
+        }
+    }
+    found.sort();
+    found
+}
+
 /// NUMA nodes that the system shows; 1 where it shows none.
 pub(super) fn numa_nodes() -> usize {
     let is_node = |name: &str| name.strip_prefix("node").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
