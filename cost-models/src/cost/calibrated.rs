@@ -8,7 +8,7 @@
 
 use super::curve::{Curve, Reading, Span};
 use super::{CostModel, Estimate, EstimateSource, Roofline, Work};
-use crate::machine::{Calibration, Link, Machine, Memory, Processor};
+use crate::machine::{Calibration, Link, Machine, Memory, Processor, Source};
 use crate::quant::QuantFormat;
 use crate::units::Bytes;
 
@@ -45,22 +45,17 @@ impl Table {
 
 /// Samples of `(format, tokens, distinct, seconds per element)`, sorted, as tables.
 fn tables(samples: impl Iterator<Item = (QuantFormat, f64, f64, Span)>) -> Vec<Table> {
-    let mut grouped: Vec<(QuantFormat, Vec<(f64, Vec<(f64, Span)>)>)> = Vec::new();
+    let mut tables: Vec<Table> = Vec::new();
     for (format, tokens, distinct, span) in samples {
-        if grouped.last().is_none_or(|(f, _)| *f != format) {
-            grouped.push((format, Vec::new()));
-        }
-        let (_, rows) = grouped.last_mut().expect("just pushed");
-        match rows.last_mut() {
-            Some((n, row)) if *n == tokens => row.push((distinct, span)),
-            _ => rows.push((tokens, vec![(distinct, span)])),
+        match tables.last_mut() {
+            Some(t) if t.format == format => match t.rows.last_mut() {
+                Some((n, curve)) if *n == tokens => curve.push(distinct, span),
+                _ => t.rows.push((tokens, Curve::one(distinct, span))),
+            },
+            _ => tables.push(Table { format, rows: vec![(tokens, Curve::one(distinct, span))] }),
         }
     }
-    let table = |(format, rows): (QuantFormat, Vec<(f64, Vec<(f64, Span)>)>)| Table {
-        format,
-        rows: rows.into_iter().filter_map(|(n, row)| Some((n, Curve::new(row)?))).collect(),
-    };
-    grouped.into_iter().map(table).collect()
+    tables
 }
 
 /// Measured tables over a roofline.
@@ -243,6 +238,10 @@ fn nearest(tables: &[Table], format: QuantFormat) -> (&Table, bool) {
 impl CostModel for Calibrated {
     fn describe(&self) -> String {
         format!("{}; interpolation is good to {:.1} %", self.words, 100.0 * self.interpolation_error)
+    }
+
+    fn basis(&self) -> (Source, &'static str) {
+        (Source::Measured, "samples of this program's own kernels on this machine, kept in its file")
     }
 
     fn compute(&self, p: &Processor, from: &Memory, work: Work, launches: u32) -> Estimate {

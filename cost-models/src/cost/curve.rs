@@ -62,6 +62,16 @@ impl Curve {
         (!samples.is_empty()).then_some(Self(samples))
     }
 
+    /// A single sample.
+    pub(super) fn one(x: f64, span: Span) -> Self {
+        Self(vec![(x, span)])
+    }
+
+    /// The next sample: its x is above all others.
+    pub(super) fn push(&mut self, x: f64, span: Span) {
+        self.0.push((x, span));
+    }
+
     /// The value at `x`; beyond the ends that of the end, marked as computed.
     pub(super) fn at(&self, x: f64) -> Reading {
         let (first, last) = (self.0[0], self.0[self.0.len() - 1]);

@@ -14,7 +14,7 @@ pub use work::{
     ByFormat, LayerWork, MatrixWork, StepWork, Work, expected_distinct, op_work, step_limit, step_limit_at, step_work,
 };
 
-use crate::machine::{Link, Machine, Memory, Processor};
+use crate::machine::{Link, Machine, Memory, Processor, Source};
 use crate::units::Bytes;
 
 /// How an estimate was made.
@@ -72,6 +72,11 @@ pub trait CostModel: Send + Sync {
 
     /// What it is and what it assumes, in a line for people.
     fn describe(&self) -> String;
+
+    /// What its numbers rest on, for a plan's list of where numbers come from.
+    fn basis(&self) -> (Source, &'static str) {
+        (Source::Prior, "published runs of other engines and machines")
+    }
 
     /// One round trip in a layer: handing inputs to `p` and results back, when `p` is not the main processor.
     fn sync(&self, p: &Processor) -> Estimate;

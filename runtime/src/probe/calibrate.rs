@@ -245,7 +245,7 @@ fn compute_samples(threads: &Threads, pool: &Pool, effort: &Effort, progress: &m
         small_keys.push(work.elements);
         cases.push(Case::new(move || work.run(threads)));
     }
-    let rounds = Rounds { time: effort.time.1, at_least: effort.rounds, visit: Duration::from_millis(3).min(effort.time.1) };
+    let rounds = Rounds { time: effort.time.1, at_least: effort.rounds, visit: effort.visit };
     threads.pool().install(|| run_rounds(&mut cases, rounds, progress));
 
     let mut spreads = cases.iter().map(|c| c.us().ok_or_else(no_sample));

@@ -42,6 +42,8 @@ pub struct Effort {
     pub pool: Bytes,
     /// Time for reading memory, computing, and reading the disk.
     pub time: (Duration, Duration, Duration),
+    /// Short measurements are repeated for this long: more than a scheduler's slice, so that all meet the same disturbances.
+    pub visit: Duration,
     /// Rounds at least.
     pub rounds: usize,
     /// File to read, the size of blocks and the depths.
@@ -71,6 +73,7 @@ impl Effort {
             small_tokens: vec![1, 4, 16, 64, 512],
             pool: Bytes::mib(512),
             time: (Duration::from_secs(8), Duration::from_secs(120), Duration::from_secs(20)),
+            visit: Duration::from_millis(10),
             rounds: 5,
             disk_file: Bytes::mib(512),
             disk_blocks: vec![64 << 10, 1 << 20, 4 << 20, 16 << 20],
@@ -109,6 +112,7 @@ impl Effort {
             small_tokens: vec![1, 16],
             pool: Bytes::mib(8),
             time: (Duration::ZERO, Duration::ZERO, Duration::ZERO),
+            visit: Duration::ZERO,
             rounds: 2,
             disk_file: Bytes::mib(1),
             disk_blocks: vec![64 << 10],
