@@ -12,6 +12,10 @@ use crate::machine::{Calibration, Link, Machine, Memory, Processor, Source};
 use crate::quant::QuantFormat;
 use crate::units::Bytes;
 
+/// A step is more than its parts: sums of measured parts were within 5 % of whole steps, relative to each other, for decode and
+/// prefill of two models.
+const COMPOSITION_ERROR: f64 = 0.05;
+
 /// Reads that the runtime's loader keeps under way.
 const LOADER_DEPTH: u32 = 4;
 
@@ -144,8 +148,9 @@ impl Calibrated {
 
     fn widened(&self, mut r: Reading) -> Reading {
         if r.source != EstimateSource::Measured {
-            r.span.low *= 1.0 - self.interpolation_error.min(0.9);
-            r.span.high *= 1.0 + self.interpolation_error;
+            let error = self.interpolation_error.max(COMPOSITION_ERROR);
+            r.span.low *= 1.0 - error.min(0.9);
+            r.span.high *= 1.0 + error;
         }
         r
     }

@@ -60,8 +60,9 @@ impl Effort {
         let few = vec![1, 2, 4, 8, 32, 128];
         let mut experts: Vec<(usize, Vec<usize>)> = vec![(1, few)];
         experts.extend([2, 4, 8].map(|n| (n, vec![8, 32, 128])));
-        experts.extend([16, 32, 64].map(|n| (n, vec![8, 32])));
-        experts.extend([128, 512].map(|n| (n, vec![8])));
+        experts.extend([16, 32].map(|n| (n, vec![8, 32])));
+        // With so many tokens sharing the work out costs nothing, and few experts save time.
+        experts.extend([(64, vec![8]), (128, vec![4]), (512, vec![2])]);
         Self {
             expert_formats: FORMATS.iter().copied().filter(|f| *f != QuantFormat::F32).collect(),
             matmul_formats: FORMATS.to_vec(),

@@ -41,7 +41,7 @@ impl<'a> Case<'a> {
 pub(super) struct Rounds {
     /// Rounds are begun until this has passed.
     pub(super) time: Duration,
-    /// But at least so many.
+    /// But at least so many, unless this has already taken half as long again.
     pub(super) at_least: usize,
     /// Short runs are repeated until a visit takes this long.
     pub(super) visit: Duration,
@@ -57,7 +57,12 @@ pub(super) fn run_rounds(cases: &mut [Case<'_>], rounds: Rounds, progress: &mut 
         case.repeats = (rounds.visit.as_secs_f64() / seconds).ceil().clamp(1.0, 1000.0) as u32;
     }
     let mut done = 0;
-    while done < rounds.at_least || start.elapsed() < rounds.time {
+    let late = rounds.time.mul_f64(1.5).max(Duration::from_secs(1));
+    // Three runs have a middle one: the least that says something on a machine that is slow or busy.
+    while done < rounds.at_least.min(3)
+        || (done < rounds.at_least && start.elapsed() < late)
+        || (done >= rounds.at_least && start.elapsed() < rounds.time)
+    {
         let count = cases.len();
         for (i, case) in cases.iter_mut().enumerate() {
             let seconds = case.visit();
