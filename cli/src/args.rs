@@ -1,5 +1,6 @@
 //! The command line, as clap sees it. Parsing has no side effects; `cmd/*` turns arguments into work.
 
+use crate::cmd::calibrate::CalibrateArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use tierwise_cost::quant::QuantFormat;
@@ -35,6 +36,9 @@ pub enum Command {
     /// Look at this machine: processors, memory, GPUs, drivers, disk; with hints.
     #[command(after_help = "Example:  tierwise doctor --json")]
     Doctor(DoctorArgs),
+    /// Measure this machine thoroughly, so that predictions for it rest on its own numbers.
+    #[command(after_help = "Example:  tierwise calibrate --quick --folder /models")]
+    Calibrate(CalibrateArgs),
     /// Decide where every expert goes, and predict the speed.
     #[command(after_help = "Example:  tierwise plan qwen3-30b-a3b --machine rtx3090-24g-ddr4-64g --vram 12GiB -o plan.json")]
     Plan(PlanArgs),

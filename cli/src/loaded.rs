@@ -7,11 +7,14 @@ use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
 use std::path::Path;
 use std::sync::Arc;
-use tierwise_cost::cost::{Roofline, step_limit};
+use tierwise_cost::cost::{cost_model, step_limit};
 use tierwise_cost::machine::{Machine, MemoryKind, ProcessorKind};
 use tierwise_cost::model::ModelSpec;
 use tierwise_cost::op::Batch;
 use tierwise_cost::units::Bytes;
+use tierwise_planner::evaluate::{LayerPlacement, Placement, Prices, step_seconds};
+use tierwise_planner::plan::{Interval, Tier};
+use tierwise_planner::price::Case;
 use tierwise_planner::{CheckedPlan, Limits, Plan, Problem, Request, SolverKind, make_plan};
 use tierwise_runtime::backend::Choice;
 use tierwise_runtime::import::ModelSource;
@@ -80,6 +83,61 @@ impl Loaded {
         let seconds = step_limit(self.session.model().spec(), Batch::decode(past as u32), self.plan.kv_format(), &self.machine);
         1.0 / seconds.0
     }
+
+    /// What prices the predictions, in a line.
+    pub fn cost_words(&self) -> String {
+        cost_model(&self.machine).describe()
+    }
+
+    /// Predicted tokens per second for one token after `past` others, whatever context the plan was made for.
+    pub fn predicted_decode(&self, past: usize) -> Result<Interval> {
+        let at = u32::try_from(past).unwrap_or(u32::MAX / 2).clamp(1, u32::MAX / 2);
+        // Plans predict decoding at half of the context.
+        let seconds =
+            self.predicted_seconds(|r| r.context = 2 * at, |prices, _, placement| step_seconds(&prices.decode, placement))?;
+        Ok(per_second(1.0, seconds))
+    }
+
+    /// Predicted tokens per second of a prompt of `tokens`.
+    pub fn predicted_prefill(&self, tokens: usize) -> Result<Interval> {
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        let seconds = self.predicted_seconds(
+            |r| (r.prompt_tokens, r.chunk_tokens) = (tokens, r.chunk_tokens.min(tokens)),
+            |prices, problem, placement| prices.prompt_seconds(problem, placement).0,
+        )?;
+        Ok(per_second(f64::from(tokens), seconds))
+    }
+
+    /// Seconds as expected, at best and at worst, of this plan's placement under a changed request.
+    fn predicted_seconds(
+        &self,
+        change: impl FnOnce(&mut Request),
+        seconds: impl Fn(&Prices, &Problem<'_>, &Placement) -> f64,
+    ) -> Result<[f64; 3]> {
+        let (spec, plan) = (self.session.model().spec(), self.plan.plan());
+        let mut problem = Problem::new(spec, &self.machine, plan.request.clone())?;
+        // Tiers by name: a plan from a file may have been made with others.
+        let tier = |t: &Tier| problem.tiers.iter().position(|own| (&own.memory, &own.through) == (&t.memory, &t.through));
+        let mut layers = Vec::with_capacity(problem.layers.len());
+        for layer in &problem.layers {
+            let tier_of = (0..layer.num_experts).map(|e| {
+                let place = self.plan.tier(self.plan.tier_of(layer.layer, e));
+                let index = tier(place).and_then(|i| u8::try_from(i).ok());
+                index.with_context(|| format!("the plan keeps experts in {}, which this machine's plans do not", place.memory))
+            });
+            layers.push(LayerPlacement { tier_of: tier_of.collect::<Result<_>>()?, slots: self.plan.slots(layer.layer) });
+        }
+        let placement = Placement { layers };
+        change(&mut problem.request);
+        let cost = cost_model(&self.machine);
+        Ok([Case::Expected, Case::Fast, Case::Slow]
+            .map(|case| seconds(&Prices::new(&problem, cost.as_ref(), case), &problem, &placement)))
+    }
+}
+
+/// Tokens per second from seconds as expected, at best and at worst.
+fn per_second(tokens: f64, [expected, fast, slow]: [f64; 3]) -> Interval {
+    Interval { value: tokens / expected, low: tokens / slow, high: tokens / fast }
 }
 
 fn device_line(device: &str) -> String {
@@ -155,7 +213,7 @@ fn plan_for(spec: &ModelSpec, machine: &Machine, args: &ExecArgs, min_context: O
         limits: Limits { ram: args.ram, ..Limits::default() },
         ..Request::default()
     };
-    Ok(make_plan(&Problem::new(spec, machine, request)?, &Roofline::default(), SolverKind::Auto)?)
+    Ok(make_plan(&Problem::new(spec, machine, request)?, cost_model(machine).as_ref(), SolverKind::Auto)?)
 }
 
 /// The machine as this build can use it.

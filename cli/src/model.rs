@@ -41,15 +41,24 @@ pub fn spec(source: &ModelSource, format: Option<&str>, layers: Option<usize>) -
     }
 }
 
-/// A machine by file or name, or this one: calibrated if there is a file from a calibration, else probed quickly.
-/// Also says where it is from.
+/// A machine by file or name, or this one: calibrated if there is a file from a calibration with as many threads, else probed
+/// quickly. Also says where it is from.
 pub fn machine(name: Option<&str>, threads: Option<usize>) -> Result<(Machine, String)> {
     let Some(name) = name else {
+        let mut origin = "probed quickly".to_string();
         if let Some(path) = calibrated_file().filter(|p| p.is_file()) {
-            return Ok((machine_from_file(&path)?, format!("calibrated in {}", path.display())));
+            let machine = machine_from_file(&path)?;
+            let measured = machine.calibration.as_ref().map(|c| c.threads as usize);
+            match (threads, measured) {
+                // Rates of two threads say nothing certain about one.
+                (Some(wanted), Some(n)) if wanted != n => {
+                    origin = format!("probed quickly with {wanted} threads: {} was calibrated with {n}", path.display());
+                }
+                _ => return Ok((machine, format!("calibrated in {}", path.display()))),
+            }
         }
         let options = ProbeOptions { threads, ..ProbeOptions::default() };
-        return Ok((probe_machine(options)?, "probed quickly".to_string()));
+        return Ok((probe_machine(options)?, origin));
     };
     let (text, origin) = text_of(Kind::Machine, name)?;
     Ok((Machine::from_toml(&text).with_context(|| origin.clone())?, origin))

@@ -1,4 +1,4 @@
-//! `tierwise bench`: prefill and decode speed like llama-bench, beside what the machine's memory allows.
+//! `tierwise bench`: prefill and decode speed like llama-bench, beside what was predicted and what the machine's memory allows.
 
 use crate::args::BenchArgs;
 use crate::loaded::Loaded;
@@ -6,6 +6,7 @@ use crate::ui::{self, Ui, number};
 use anyhow::{Result, bail};
 use serde_json::json;
 use std::time::Instant;
+use tierwise_planner::plan::Interval;
 
 /// One test's speeds over the repetitions.
 struct Measured {
@@ -13,6 +14,8 @@ struct Measured {
     tokens_per_s: Vec<f64>,
     /// Only decode has a memory limit worth the name: prefill reuses weights.
     limit_tokens_per_s: Option<f64>,
+    /// For the very positions that were measured; absent where plans do not say (a prompt after other tokens).
+    predicted: Option<Interval>,
 }
 
 pub fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
@@ -51,7 +54,12 @@ pub fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
         }
         let limit_tokens_per_s = decode.then(|| loaded.decode_limit(args.depth + count / 2));
         let test = format!("{}{count}", if decode { "tg" } else { "pp" });
-        results.push(Measured { test, tokens_per_s, limit_tokens_per_s });
+        let predicted = match decode {
+            true => Some(loaded.predicted_decode(args.depth + count / 2)?),
+            false if args.depth == 0 => Some(loaded.predicted_prefill(count)?),
+            false => None,
+        };
+        results.push(Measured { test, tokens_per_s, limit_tokens_per_s, predicted });
     }
     bar.finish_and_clear();
     print(&loaded, &results, args, ui)
@@ -71,9 +79,11 @@ fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Re
     let value = json!({
         "model": loaded.plan.plan().model, "device": loaded.device, "threads": loaded.threads, "depth": args.depth,
         "read_bandwidth_bytes_per_s": bandwidth.0,
+        "cost_model": loaded.cost_words(),
         "predicted": { "decode_tokens_per_s": loaded.plan.plan().predicted.decode_tokens_per_s, "prefill_tokens_per_s": loaded.plan.plan().predicted.prefill_tokens_per_s },
         "results": rows.iter().map(|(m, median, min, max)| json!({
             "test": m.test, "tokens_per_s_median": median, "min": min, "max": max, "samples": m.tokens_per_s,
+            "predicted_tokens_per_s": m.predicted, "predicted_over_measured": m.predicted.map(|p| p.value / median),
             "limit_tokens_per_s": m.limit_tokens_per_s, "fraction_of_limit": m.limit_tokens_per_s.map(|l| median / l),
         })).collect::<Vec<_>>(),
     });
@@ -84,17 +94,21 @@ fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Re
                 number(*median),
                 number(*min),
                 number(*max),
+                m.predicted.map_or_else(|| "-".into(), |p| number(p.value)),
+                m.predicted.map_or_else(|| "-".into(), |p| format!("{} to {}", number(p.low), number(p.high))),
+                m.predicted.map_or_else(|| "-".into(), |p| format!("{:+.1} %", 100.0 * (p.value / median - 1.0))),
                 m.limit_tokens_per_s.map_or_else(|| "-".into(), number),
                 m.limit_tokens_per_s.map_or_else(|| "-".into(), |l| ui::percent(median / l)),
             ]
         });
         format!(
-            "{} ({}), {} threads, depth {}\n{}\nthe limit assumes that memory reads {bandwidth} with {} threads",
+            "{} ({}), {} threads, depth {}\n{}\npredicted by: {}\nthe limit assumes that memory reads {bandwidth} with {} threads",
             loaded.plan.plan().model.name,
             loaded.plan.plan().model.format,
             loaded.threads,
             args.depth,
-            ui::table(&["test", "tokens/s", "min", "max", "memory limit", "of limit"], table, true),
+            ui::table(&["test", "tokens/s", "min", "max", "predicted", "interval", "error", "memory limit", "of limit"], table, true),
+            loaded.cost_words(),
             loaded.threads
         )
     })

@@ -1,6 +1,7 @@
 //! One file per verb. Each turns its arguments into library calls and prints the result.
 
 mod bench;
+pub mod calibrate;
 mod demo;
 mod doctor;
 mod explain;
@@ -23,6 +24,7 @@ pub fn run(command: Command, ui: &Ui) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args, ui),
         Command::Doctor(args) => doctor::run(&args, ui),
+        Command::Calibrate(args) => calibrate::run(&args, ui),
         Command::Plan(args) => plan::run(&args, ui),
         Command::Explain(args) => explain::run(&args, ui),
         Command::Predict(args) => predict::run(&args, ui),

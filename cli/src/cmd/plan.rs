@@ -6,7 +6,7 @@ use crate::ui::{self, Ui, number};
 use anyhow::{Context, Result};
 use serde_json::json;
 use std::time::Instant;
-use tierwise_cost::cost::Roofline;
+use tierwise_cost::cost::cost_model;
 use tierwise_cost::model::ModelSpec;
 use tierwise_planner::explain::tier_table;
 use tierwise_planner::{Limits, Objective, Plan, Problem, Request, SolverKind, make_plan};
@@ -19,7 +19,7 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
     ui.detail(format!("machine: {} ({origin})", machine.name));
     let started = Instant::now();
     let problem = Problem::new(&spec, &machine, request(&args.planning, &spec)?)?;
-    let plan = make_plan(&problem, &Roofline::default(), solver(args.planning.solver))?;
+    let plan = make_plan(&problem, cost_model(&machine).as_ref(), solver(args.planning.solver))?;
     let solve_time_s = started.elapsed().as_secs_f64();
     if let Some(path) = &args.output {
         write_atomic(path, plan.to_json().as_bytes())?;

@@ -1,17 +1,22 @@
 //! What an operation or a transfer costs: bytes and operations first, then seconds with the source of the estimate.
 //!
 //! `work` counts bytes and operations (the one place that does), [`Roofline`] turns them into seconds on a machine that nobody
-//! measured. Measured tables come later, behind the same trait.
+//! measured, [`Calibrated`] on one that `calibrate` measured; [`cost_model`] chooses.
 
+mod calibrated;
+mod curve;
 mod gpu_moe;
 mod roofline;
 mod work;
 
+pub use calibrated::Calibrated;
 pub use gpu_moe::{MoeFit, MoeShape, moe_fits, moe_formats, moe_layer_seconds, moe_layer_seconds_of};
-pub use roofline::{Range, Roofline};
-pub use work::{LayerWork, StepWork, Work, expected_distinct, op_work, step_limit, step_limit_at, step_work};
+pub use roofline::{HostCopies, Range, Roofline};
+pub use work::{
+    ByFormat, LayerWork, MatrixWork, StepWork, Work, expected_distinct, op_work, step_limit, step_limit_at, step_work,
+};
 
-use crate::machine::{Link, Memory, Processor};
+use crate::machine::{Link, Machine, Memory, Processor, Source};
 use crate::units::Bytes;
 
 /// How an estimate was made.
@@ -70,8 +75,21 @@ pub trait CostModel: Send + Sync {
     /// What it is and what it assumes, in a line for people.
     fn describe(&self) -> String;
 
+    /// What its numbers rest on, for a plan's list of where numbers come from.
+    fn basis(&self) -> (Source, &'static str) {
+        (Source::Prior, "published runs of other engines and machines")
+    }
+
     /// One round trip in a layer: handing inputs to `p` and results back, when `p` is not the main processor.
     fn sync(&self, p: &Processor) -> Estimate;
+}
+
+/// The best model for a machine: its own samples if `calibrate` left some, else the roofline.
+pub fn cost_model(machine: &Machine) -> Box<dyn CostModel> {
+    match &machine.calibration {
+        Some(c) => Box::new(Calibrated::new(machine, c)),
+        None => Box::new(Roofline::default()),
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,10 @@
 //!
 //! time = max(bytes / (efficiency x bandwidth), operations / (efficiency x rate)) + launches (algorithms §1). Efficiencies come
 //! from published runs: decode reaches about 0.55 of VRAM bandwidth in today's engines; one socket's CPU decode realises 0.50 to
-//! 0.88 of the byte floor; pinned copies reach 0.85 to 0.9 of a PCIe link; a round trip to CPU experts costs about 85 us a layer.
+//! 0.88 of the byte floor; pinned copies reach 0.85 to 0.9 of a PCIe link; a round trip to CPU experts costs about 85 us a layer
+//! (with what the first expert costs more than the others: published round trips contain it). An x8 CXL expander delivers 24 to
+//! 30 of its 32 GB/s. One core alone pulls 8 to 25 GB/s (single-thread STREAM), so a few cores saturate what many share, and
+//! fewer than those do not.
 
 use super::{CostModel, Estimate, EstimateSource, Work};
 use crate::machine::{Link, Memory, MemoryKind, Processor, ProcessorKind, Source, Sourced};
@@ -19,13 +22,27 @@ pub struct Range {
     pub high: f64,
 }
 
+/// What copies between host and GPU start from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HostCopies {
+    /// Page-locked buffers.
+    #[default]
+    Pinned,
+    /// Ordinary memory, e.g. a mapped file: slower where the link says so.
+    Pageable,
+}
+
 /// Roofline cost model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Roofline {
     /// Of a datasheet's VRAM bandwidth.
     pub vram: Range,
-    /// Of a datasheet's DRAM or CXL bandwidth.
+    /// Of a datasheet's DRAM bandwidth.
     pub dram: Range,
+    /// Of a datasheet's CXL bandwidth.
+    pub cxl: Range,
+    /// Bytes per second that one core pulls from a memory that was not measured.
+    pub core_read: Range,
     /// Of a measured read bandwidth, wherever.
     pub measured: Range,
     /// Of a link or disk.
@@ -36,6 +53,8 @@ pub struct Roofline {
     pub cpu_flops: Range,
     /// Round trip to a processor that is not the main one, in seconds.
     pub sync_s: Range,
+    /// What copies start from.
+    pub host_copies: HostCopies,
 }
 
 impl Default for Roofline {
@@ -43,11 +62,14 @@ impl Default for Roofline {
         Self {
             vram: Range { value: 0.55, low: 0.35, high: 0.80 },
             dram: Range { value: 0.68, low: 0.50, high: 0.88 },
+            cxl: Range { value: 0.84, low: 0.70, high: 0.94 },
+            core_read: Range { value: 14e9, low: 8e9, high: 25e9 },
             measured: Range { value: 0.85, low: 0.65, high: 1.0 },
             link: Range { value: 0.90, low: 0.75, high: 1.0 },
             gpu_flops: Range { value: 0.45, low: 0.25, high: 0.70 },
             cpu_flops: Range { value: 0.40, low: 0.20, high: 0.70 },
             sync_s: Range { value: 85e-6, low: 30e-6, high: 150e-6 },
+            host_copies: HostCopies::Pinned,
         }
     }
 }
@@ -58,7 +80,24 @@ impl Roofline {
             (Source::Measured, _) => self.measured,
             (_, MemoryKind::Vram) => self.vram,
             (_, MemoryKind::Disk) => self.link,
-            (_, MemoryKind::Dram | MemoryKind::Cxl) => self.dram,
+            (_, MemoryKind::Dram) => self.dram,
+            (_, MemoryKind::Cxl) => self.cxl,
+        }
+    }
+
+    /// Bytes per second that `p` reads from `m`: its share of the memory's rate, or what its cores can pull.
+    pub(super) fn read_rate(&self, p: &Processor, m: &Memory) -> Range {
+        let share = self.memory_efficiency(m);
+        let peak = m.read_bandwidth.value.0;
+        let cores = f64::from(p.cores);
+        let least = |share: f64, per_core: f64| match (p.kind, m.read_bandwidth.source) {
+            (ProcessorKind::Cpu, Source::Datasheet | Source::Prior) => (share * peak).min(cores * per_core),
+            _ => share * peak,
+        };
+        Range {
+            value: least(share.value, self.core_read.value),
+            low: least(share.low, self.core_read.low),
+            high: least(share.high, self.core_read.high),
         }
     }
 }
@@ -73,10 +112,11 @@ fn source_of<T>(rate: &Sourced<T>) -> EstimateSource {
 impl CostModel for Roofline {
     fn describe(&self) -> String {
         format!(
-            "roofline; shares of the rates reached: VRAM {}, DRAM {}, measured memory {}, links and disks {}, GPU arithmetic {}, \
+            "roofline; shares of the rates reached: VRAM {}, DRAM {}, CXL {}, measured memory {}, links and disks {}, GPU arithmetic {}, \
              CPU arithmetic {}; {} us per round trip",
             self.vram.value,
             self.dram.value,
+            self.cxl.value,
             self.measured.value,
             self.link.value,
             self.gpu_flops.value,
@@ -86,32 +126,36 @@ impl CostModel for Roofline {
     }
 
     fn compute(&self, p: &Processor, from: &Memory, work: Work, launches: u32) -> Estimate {
-        let memory = self.memory_efficiency(from);
+        let read = self.read_rate(p, from);
         let (arithmetic, rate) = match p.kind {
             ProcessorKind::Gpu => (self.gpu_flops, p.f16_flops.as_ref().unwrap_or(&p.f32_flops)),
             ProcessorKind::Cpu => (self.cpu_flops, &p.f32_flops),
         };
-        let bytes_s = work.bytes().0 as f64 / from.read_bandwidth.value.0;
+        let bytes = work.bytes().0 as f64;
         let flops_s = work.flops / rate.value.0;
-        let time = |m: f64, a: f64, launch: f64| (bytes_s / m).max(flops_s / a) + launch * f64::from(launches);
+        let time = |r: f64, a: f64, launch: f64| (bytes / r).max(flops_s / a) + launch * f64::from(launches);
         let launch = p.launch_latency.value.0;
         Estimate {
-            seconds: time(memory.value, arithmetic.value, launch),
-            low: time(memory.high, arithmetic.high, 0.5 * launch),
-            high: time(memory.low, arithmetic.low, 2.0 * launch),
+            seconds: time(read.value, arithmetic.value, launch),
+            low: time(read.high, arithmetic.high, 0.5 * launch),
+            high: time(read.low, arithmetic.low, 2.0 * launch),
             source: source_of(&from.read_bandwidth),
         }
     }
 
     fn transfer(&self, link: &Link, bytes: Bytes) -> Estimate {
-        let e = if link.bandwidth.source == Source::Measured { self.measured } else { self.link };
-        let copy = bytes.0 as f64 / link.bandwidth.value.0;
+        let rate = match (self.host_copies, &link.pageable_bandwidth) {
+            (HostCopies::Pageable, Some(pageable)) => pageable,
+            _ => &link.bandwidth,
+        };
+        let e = if rate.source == Source::Measured { self.measured } else { self.link };
+        let copy = bytes.0 as f64 / rate.value.0;
         let latency = link.latency.value.0;
         Estimate {
             seconds: latency + copy / e.value,
             low: 0.5 * latency + copy / e.high,
             high: 2.0 * latency + copy / e.low,
-            source: source_of(&link.bandwidth),
+            source: source_of(rate),
         }
     }
 

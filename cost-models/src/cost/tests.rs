@@ -60,6 +60,11 @@ fn operations_add_up_to_the_step() {
         let step = step_work(&spec, batch, QuantFormat::F16).total();
         assert_eq!((by_op.weight_bytes, by_op.kv_bytes), (step.weight_bytes, step.kv_bytes), "{batch:?}");
         assert!((by_op.flops / step.flops - 1.0).abs() < 1e-9, "{batch:?}");
+        assert!((by_op.attention_flops / step.attention_flops - 1.0).abs() < 1e-9, "{batch:?}");
+        assert!((by_op.activations / step.activations - 1.0).abs() < 1e-9, "{batch:?}");
+        for ((format, a), (_, b)) in by_op.matrices.iter().zip(step.matrices.iter()) {
+            assert!((a.bytes / b.bytes - 1.0).abs() < 1e-6 && (a.flops / b.flops - 1.0).abs() < 1e-9, "{batch:?} {format}");
+        }
     }
 }
 
@@ -107,7 +112,7 @@ fn roofline_by_hand() {
     let (cpu, gpu) = (machine.processor("cpu0").unwrap(), machine.processor("gpu0").unwrap());
     let (dram, vram) = (machine.memory("dram0").unwrap(), machine.memory("vram0").unwrap());
     let model = Roofline::default();
-    let work = Work { weight_bytes: Bytes(1_000_000_000), kv_bytes: Bytes(24_000_000), flops: 1e9 };
+    let work = Work { weight_bytes: Bytes(1_000_000_000), kv_bytes: Bytes(24_000_000), flops: 1e9, ..Work::default() };
     let e = model.compute(cpu, dram, work, 2);
     assert!((e.seconds - (1.024e9 / (0.68 * 51.2e9) + 10e-6)).abs() < 1e-12, "{e:?}");
     assert!(e.low < e.seconds && e.seconds < e.high && e.source == EstimateSource::Prior);
@@ -127,4 +132,132 @@ fn limit_is_bytes_over_bandwidth() {
     let machine = Machine::from_toml(crate::machine::tests::SMALL).unwrap();
     let on_gpu = step_limit(&spec, Batch::decode(0), QuantFormat::F16, &machine).0;
     assert!((on_gpu - bytes / 272e9).abs() < 1e-12);
+}
+
+mod calibrated {
+    use super::*;
+    use crate::machine::tests::{CALIBRATION, SMALL};
+
+    fn machine() -> Machine {
+        Machine::from_toml(&format!("{SMALL}{CALIBRATION}")).unwrap()
+    }
+
+    /// `elements` of Q8_0 experts at `tokens` each, of which `distinct` are computed together.
+    fn experts(elements: f64, tokens: f64, distinct: f64) -> Work {
+        let (bytes, flops) = (elements * 34.0 / 32.0, 2.0 * elements * tokens);
+        let matrices = ByFormat::one(QuantFormat::Q8_0, bytes, flops);
+        Work { weight_bytes: Bytes(bytes as u64), flops, matrices, distinct, ..Work::default() }
+    }
+
+    fn price(work: Work) -> Estimate {
+        let m = machine();
+        cost_model(&m).compute(m.processor("cpu0").unwrap(), m.memory("dram0").unwrap(), work, 16)
+    }
+
+    #[test]
+    fn experts_by_hand() {
+        // One expert of 3 x 1000 x 1000 elements alone: the sample itself, with its own interval.
+        let e = price(experts(3e6, 1.0, 1.0));
+        assert_eq!(e.source, EstimateSource::Measured);
+        assert!((e.seconds - 300e-6).abs() < 1e-9 && (e.low - 270e-6).abs() < 1e-9 && (e.high - 360e-6).abs() < 1e-9, "{e:?}");
+        // One of four computed together: a quarter of 600 us.
+        assert!((price(experts(3e6, 1.0, 4.0)).seconds - 150e-6).abs() < 1e-9);
+        // One of two: between 300 and 150 us per expert, halfway in logarithms.
+        let e = price(experts(3e6, 1.0, 2.0));
+        assert!((e.seconds - (300e-6f64 * 150e-6).sqrt()).abs() < 1e-9, "{e:?}");
+        assert_eq!(e.source, EstimateSource::Interpolated);
+        assert!(e.low < 270e-6 / 2f64.sqrt() + 1e-9 && e.high > 360e-6 / 2f64.sqrt() - 1e-9, "{e:?}");
+        // Eight tokens: halfway between 4 (300 us) and 16 (1200 us).
+        assert!((price(experts(3e6, 8.0, 4.0)).seconds - 600e-6).abs() < 1e-9);
+        // Beyond the last: as many times longer.
+        let e = price(experts(3e6, 32.0, 4.0));
+        assert!((e.seconds - 2400e-6).abs() < 1e-9 && e.source == EstimateSource::Analytic, "{e:?}");
+        // Twice the elements take twice as long.
+        assert!((price(experts(6e6, 4.0, 4.0)).seconds - 600e-6).abs() < 1e-9);
+    }
+
+    #[test]
+    fn parts_of_a_layer_add_up() {
+        let matrix = Work { distinct: 0.0, ..experts(1e6, 1.0, 0.0) };
+        assert!((price(matrix).seconds - 50e-6).abs() < 1e-9);
+        let kv = Work { kv_bytes: Bytes(1_000_000), flops: 4e6, attention_flops: 4e6, ..Work::default() };
+        // 4 operations per byte: halfway between 100 us and 400 us.
+        assert!((price(kv).seconds - 200e-6).abs() < 1e-9, "{:?}", price(kv));
+        let small = Work { activations: 1000.0, ..Work::default() };
+        assert!((price(small).seconds - 1e-6).abs() < 1e-12);
+        let all = price(matrix + kv + small);
+        assert!((all.seconds - 251e-6).abs() < 1e-9, "{all:?}");
+        assert_eq!(all.source, EstimateSource::Interpolated);
+    }
+
+    #[test]
+    fn what_was_not_measured_is_labelled() {
+        let m = machine();
+        let model = cost_model(&m);
+        assert!(model.describe().contains("gpu0 (roofline)"), "{}", model.describe());
+        let (gpu, vram) = (m.processor("gpu0").unwrap(), m.memory("vram0").unwrap());
+        let work = experts(3e6, 1.0, 8.0);
+        assert_eq!(model.compute(gpu, vram, work, 3), Roofline::default().compute(gpu, vram, work, 3));
+        let link = m.link("dram0", "vram0").unwrap();
+        assert_eq!(model.transfer(link, Bytes::mib(1)), Roofline::default().transfer(link, Bytes::mib(1)));
+        // Q4_0 was not measured: between Q8_0's time and Q8_0's time per byte.
+        let q4 = ByFormat::one(QuantFormat::Q4_0, 3e6 * 18.0 / 32.0, 6e6);
+        let e = price(Work { matrices: q4, weight_bytes: Bytes(1_687_500), flops: 6e6, distinct: 1.0, ..Work::default() });
+        assert_eq!(e.source, EstimateSource::Analytic);
+        assert!((e.seconds - 300e-6 * (18.0f64 / 34.0).sqrt()).abs() < 1e-9, "{e:?}");
+        assert!(e.low < 270e-6 * 18.0 / 34.0 && e.high > 359e-6, "{e:?}");
+        // Bytes that nobody gave a format are a prior's.
+        let e = price(Work { weight_bytes: Bytes(1 << 20), flops: 1e6, ..Work::default() });
+        assert_eq!(e.source, EstimateSource::Prior);
+        assert!(cost_model(&Machine::from_toml(SMALL).unwrap()).describe().starts_with("roofline"));
+    }
+
+    #[test]
+    fn a_whole_model_has_a_price_between_its_ends() {
+        let spec = qwen("Q4_K_M");
+        for batch in [Batch::decode(500), Batch::prefill(300, 0)] {
+            let step = step_work(&spec, batch, QuantFormat::F16);
+            for layer in &step.layers {
+                for work in [layer.resident, layer.expert, layer.routed] {
+                    let e = price(work);
+                    assert!(e.low > 0.0 && e.low <= e.seconds && e.seconds <= e.high && e.high.is_finite(), "{batch:?} {e:?}");
+                }
+                // One expert's share times their number is all of them.
+                let (one, all) = (price(layer.expert).seconds * layer.active_experts, price(layer.routed).seconds);
+                assert!((one / all - 1.0).abs() < 1e-6, "{one} {all}");
+            }
+        }
+    }
+
+    #[test]
+    fn disks_cost_what_their_reads_did() {
+        let disk = r#"
+[[memory]]
+id = "disk0"
+kind = "disk"
+capacity = { value = "1 TB", source = "datasheet" }
+read_bandwidth = { value = "3 GB/s", source = "prior" }
+latency = { value = "80 us", source = "prior" }
+
+[[link]]
+from = "disk0"
+to = "dram0"
+bandwidth = { value = "3 GB/s", source = "prior" }
+latency = { value = "80 us", source = "prior" }
+"#;
+        let samples = r#"disk = [
+  { depth = 1, block = 1000000, gb_per_s = { median = 0.5, min = 0.4, max = 0.6, runs = 5 } },
+  { depth = 4, block = 1000000, gb_per_s = { median = 1.0, min = 0.8, max = 1.25, runs = 5 } },
+  { depth = 4, block = 4000000, gb_per_s = { median = 2.0, min = 1.6, max = 2.5, runs = 5 } },
+]
+disk_memory = "disk0""#;
+        let text = format!("{SMALL}{disk}{}", CALIBRATION.replace("disk = []", samples));
+        let m = Machine::from_toml(&text).unwrap();
+        let model = cost_model(&m);
+        let at = |bytes: u64| model.transfer(m.link("disk0", "dram0").unwrap(), Bytes(bytes));
+        let e = at(1_000_000);
+        assert!((e.seconds - 1e-3).abs() < 1e-9 && (e.low - 0.8e-3).abs() < 1e-9 && (e.high - 1.25e-3).abs() < 1e-9, "{e:?}");
+        assert_eq!(e.source, EstimateSource::Measured);
+        assert!((at(8_000_000).seconds - 4e-3).abs() < 1e-9, "twice the largest read");
+    }
 }

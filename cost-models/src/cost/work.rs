@@ -1,11 +1,11 @@
 //! Bytes read and operations done: per operation of the lowering, per layer, per step.
 //!
 //! A matrix is read once per step, however many tokens use it; of routed experts only the distinct ones are read. Under uniform
-//! independent routing B tokens reach E (1 - (1 - k/E)^B) of E experts (algorithms §1). Activations are not counted: they stay in
-//! caches or are small beside the weights.
+//! independent routing B tokens reach E (1 - (1 - k/E)^B) of E experts (algorithms §1). Bytes of activations are not counted: they
+//! stay in caches or are small beside the weights; their elements are, because norms, rotations and sums take time of their own.
 
 use crate::machine::Machine;
-use crate::model::{Attention, Ffn, ModelSpec, Moe, TensorId, TensorRole, TensorSpec};
+use crate::model::{Attention, Ffn, ModelSpec, Moe, QkNorm, TensorId, TensorRole, TensorSpec};
 use crate::op::{Batch, Op, OpKind};
 use crate::quant::QuantFormat;
 use crate::units::{Bytes, BytesPerS, Seconds};
@@ -19,6 +19,52 @@ pub struct Work {
     pub kv_bytes: Bytes,
     /// Floating-point operations; a multiply-add counts as two.
     pub flops: f64,
+    /// The matrices among the weights, by format.
+    pub matrices: ByFormat,
+    /// The part of `flops` that attention over the cache does.
+    pub attention_flops: f64,
+    /// Elements of activations that operations without a matrix pass over: norms and the residual sum before them, rotations,
+    /// writing the cache, the router's choice.
+    pub activations: f64,
+    /// If the matrices are routed experts': how many distinct experts the layer computes in this step, of which this is one or all.
+    /// 0 for other matrices, and for a mixture.
+    pub distinct: f64,
+}
+
+/// Bytes and operations of matrices in one format.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct MatrixWork {
+    /// Bytes read.
+    pub bytes: f64,
+    /// Operations.
+    pub flops: f64,
+}
+
+/// Matrices by format.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct ByFormat([MatrixWork; QuantFormat::ALL.len()]);
+
+impl ByFormat {
+    /// One matrix, or some rows or experts of it.
+    pub fn one(format: QuantFormat, bytes: f64, flops: f64) -> Self {
+        let mut all = Self::default();
+        all.0[format as usize] = MatrixWork { bytes, flops };
+        all
+    }
+
+    /// The formats that occur.
+    pub fn iter(&self) -> impl Iterator<Item = (QuantFormat, MatrixWork)> {
+        QuantFormat::ALL.iter().copied().zip(self.0).filter(|(_, m)| m.bytes > 0.0)
+    }
+}
+
+impl std::ops::AddAssign for ByFormat {
+    fn add_assign(&mut self, o: Self) {
+        for (to, from) in self.0.iter_mut().zip(o.0) {
+            to.bytes += from.bytes;
+            to.flops += from.flops;
+        }
+    }
 }
 
 impl Work {
@@ -30,9 +76,18 @@ impl Work {
 
 impl std::ops::AddAssign for Work {
     fn add_assign(&mut self, o: Self) {
+        self.distinct = match (self.matrices.iter().next(), o.matrices.iter().next()) {
+            (None, _) => o.distinct,
+            (_, None) => self.distinct,
+            _ if self.distinct == o.distinct => self.distinct,
+            _ => 0.0,
+        };
         self.weight_bytes += o.weight_bytes;
         self.kv_bytes += o.kv_bytes;
         self.flops += o.flops;
+        self.matrices += o.matrices;
+        self.attention_flops += o.attention_flops;
+        self.activations += o.activations;
     }
 }
 impl std::ops::Add for Work {
@@ -107,7 +162,7 @@ pub fn op_work(spec: &ModelSpec, op: &Op, batch: Batch, kv_format: QuantFormat) 
             })
             .sum(),
         OpKind::Attention(_) => op.layer.map_or_else(Work::default, |l| attention_work(spec, l, batch, kv_format)),
-        // No weights and few operations beside the matrices.
+        // No weights and few operations beside the matrices; their elements are counted with attention and with the norms.
         OpKind::Rope { .. } | OpKind::AddDelta | OpKind::SelectRows => Work::default(),
     }
 }
@@ -132,10 +187,14 @@ pub fn step_work(spec: &ModelSpec, batch: Batch, kv_format: QuantFormat) -> Step
                 layer.routed += routed_work(t, moe, rows);
                 layer.active_experts = expected_distinct(moe.num_experts, moe.experts_per_token, rows);
                 let share = f64::from(rows) * f64::from(moe.experts_per_token) / layer.active_experts.max(1e-9);
+                let bytes = t.bytes.0 / t.shape[0];
+                let flops = 2.0 * share * (t.elements() / t.shape[0]) as f64;
                 layer.expert += Work {
-                    weight_bytes: Bytes(t.bytes.0 / t.shape[0]),
-                    kv_bytes: Bytes::ZERO,
-                    flops: 2.0 * share * (t.elements() / t.shape[0]) as f64,
+                    weight_bytes: Bytes(bytes),
+                    flops,
+                    matrices: ByFormat::one(t.format, bytes as f64, flops),
+                    distinct: layer.active_experts,
+                    ..Work::default()
                 };
             }
             _ => layer.resident += tensor_work(t, rows),
@@ -190,23 +249,43 @@ fn rows_of(spec: &ModelSpec, t: &TensorSpec, batch: Batch) -> u32 {
 
 /// A tensor read once and applied to `rows` rows: two operations per element of a matrix, four per element of a norm.
 fn tensor_work(t: &TensorSpec, rows: u32) -> Work {
-    let per_element = if t.shape.len() >= 2 { 2.0 } else { 4.0 };
-    Work { weight_bytes: t.bytes, kv_bytes: Bytes::ZERO, flops: per_element * t.elements() as f64 * f64::from(rows) }
+    use TensorRole as R;
+    let is_matrix = t.shape.len() >= 2;
+    let flops = if is_matrix { 2.0 } else { 4.0 } * t.elements() as f64 * f64::from(rows);
+    let per_row = match t.role {
+        // The norm and the residual sum before it (before the first norm: the embedding's rows).
+        R::AttentionNorm | R::FfnNorm | R::OutputNorm => 2.0 * t.elements() as f64,
+        // Softmax and choice over its outputs.
+        R::Router => t.shape[0] as f64,
+        _ => 0.0,
+    };
+    Work {
+        weight_bytes: t.bytes,
+        flops,
+        matrices: if is_matrix { ByFormat::one(t.format, t.bytes.0 as f64, flops) } else { ByFormat::default() },
+        activations: per_row * f64::from(rows),
+        ..Work::default()
+    }
 }
 
+/// Some rows of the table; nothing is multiplied.
 fn embed_work(t: &TensorSpec, batch: Batch) -> Work {
     let row = t.bytes.0 / t.shape[0];
-    Work { weight_bytes: Bytes((row * u64::from(batch.tokens)).min(t.bytes.0)), kv_bytes: Bytes::ZERO, flops: 0.0 }
+    Work { weight_bytes: Bytes((row * u64::from(batch.tokens)).min(t.bytes.0)), ..Work::default() }
 }
 
 /// A tensor of routed experts: the distinct slices are read, every row meets `experts_per_token` of them.
 fn routed_work(t: &TensorSpec, moe: &Moe, rows: u32) -> Work {
     let distinct = expected_distinct(moe.num_experts, moe.experts_per_token, rows);
     let per_expert = (t.elements() / t.shape[0]) as f64;
+    let bytes = distinct * (t.bytes.0 / t.shape[0]) as f64;
+    let flops = 2.0 * f64::from(rows) * f64::from(moe.experts_per_token) * per_expert;
     Work {
-        weight_bytes: Bytes((distinct * (t.bytes.0 / t.shape[0]) as f64).round() as u64),
-        kv_bytes: Bytes::ZERO,
-        flops: 2.0 * f64::from(rows) * f64::from(moe.experts_per_token) * per_expert,
+        weight_bytes: Bytes(bytes.round() as u64),
+        flops,
+        matrices: ByFormat::one(t.format, bytes, flops),
+        distinct,
+        ..Work::default()
     }
 }
 
@@ -225,9 +304,21 @@ fn attention_work(spec: &ModelSpec, layer: u32, batch: Batch, kv_format: QuantFo
     // Token i of the new ones sees past + i + 1 positions, or the window.
     let visible = f64::from(batch.past) + (new + 1.0) / 2.0;
     let visible = window.map_or(visible, |w| visible.min(f64::from(w)));
+    // Queries and keys are rotated (and perhaps normed), keys and values written to the cache.
+    let per_token = match &spec.layers[layer as usize].attention {
+        Attention::Gqa(a) => {
+            let (q, k) = (f64::from(a.num_heads) * f64::from(a.head_dim), f64::from(a.num_kv_heads) * f64::from(a.head_dim));
+            let passes = if a.qk_norm == QkNorm::None { 1.0 } else { 2.0 };
+            passes * (q + k) + k
+        }
+        Attention::Mla(_) | Attention::PlanOnly(_) => spec.kv_bytes_of_layer(layer, 1, QuantFormat::F32).0 as f64 / 4.0,
+    };
+    let flops = flops_per_pair * visible * f64::from(batch.tokens);
     Work {
-        weight_bytes: Bytes::ZERO,
         kv_bytes: Bytes(spec.kv_bytes_of_layer(layer, length, kv_format).0 * u64::from(sequences)),
-        flops: flops_per_pair * visible * f64::from(batch.tokens),
+        flops,
+        attention_flops: flops,
+        activations: per_token * f64::from(batch.tokens),
+        ..Work::default()
     }
 }

@@ -80,7 +80,7 @@ impl Machine {
                 return bad(format!("memory {}", m.id), "out of reach".into(), what);
             }
         }
-        Ok(())
+        self.calibration.as_ref().map_or(Ok(()), |c| c.check(self))
     }
 
     fn check_processor(&self, p: &super::Processor) -> Result<(), CostError> {

@@ -2,7 +2,7 @@
 //!
 //! Written by hand here, because a number and its source belong on one line (an inline table), which the serialiser does not do.
 
-use super::{Machine, Sourced};
+use super::{Calibration, Machine, Sourced};
 use crate::error::CostError;
 use serde::Serialize;
 use std::fmt::Write;
@@ -63,6 +63,9 @@ impl Machine {
             }
             out.sourced("latency", &l.latency)?;
         }
+        if let Some(c) = &self.calibration {
+            out.calibration(c)?;
+        }
         Ok(out.0)
     }
 }
@@ -72,6 +75,39 @@ struct Writer(String);
 impl Writer {
     fn table(&mut self, name: &str) {
         let _ = writeln!(self.0, "\n[[{name}]]");
+    }
+
+    fn calibration(&mut self, c: &Calibration) -> Result<(), CostError> {
+        self.0.push_str("\n[calibration]\n");
+        self.field("date", &c.date)?;
+        self.field("program", &c.program)?;
+        self.field("seconds", &c.seconds)?;
+        self.field("threads", &c.threads)?;
+        self.field("kernels", &c.kernels)?;
+        self.field("processor", &c.processor)?;
+        self.field("memory", &c.memory)?;
+        if let Some(disk) = &c.disk_memory {
+            self.field("disk_memory", disk)?;
+        }
+        self.list("notes", &c.notes)?;
+        self.field("launch_us", &c.launch_us)?;
+        self.list("read", &c.read)?;
+        self.list("experts", &c.experts)?;
+        self.list("matmuls", &c.matmuls)?;
+        self.list("attention", &c.attention)?;
+        self.list("small", &c.small)?;
+        self.list("disk", &c.disk)
+    }
+
+    /// One item per line.
+    fn list<T: Serialize>(&mut self, name: &str, items: &[T]) -> Result<(), CostError> {
+        let _ = writeln!(self.0, "{name} = [");
+        for item in items {
+            let text = inline(item)?;
+            let _ = writeln!(self.0, "  {text},");
+        }
+        self.0.push_str("]\n");
+        Ok(())
     }
 
     fn field(&mut self, name: &str, value: &impl Serialize) -> Result<(), CostError> {

@@ -4,8 +4,11 @@
 //! for. Every number carries its source, and plans repeat it. Bandwidths are what the source says (a datasheet's peak, or a
 //! measured rate); what share of it is reached is the cost model's business.
 
+mod calibration;
 mod check;
 mod file;
+
+pub use calibration::{AttentionSample, Calibration, DiskSample, ExpertSample, MatmulSample, ReadSample, SmallSample, Spread};
 
 use crate::model::Fnv;
 use crate::units::{Bytes, BytesPerS, FlopsPerS, Seconds};
@@ -200,6 +203,9 @@ pub struct Machine {
     /// Its links.
     #[serde(rename = "link", default)]
     pub links: Vec<Link>,
+    /// What `calibrate` measured; absent for a machine that nobody measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
 }
 
 impl Machine {
@@ -310,6 +316,9 @@ impl Machine {
         for l in &self.links {
             let rates = (l.bandwidth.value, l.pageable_bandwidth.as_ref().map(|r| r.value), l.latency.value);
             hash.add(&format!("link {} {} {rates:?}", l.from, l.to));
+        }
+        if let Some(c) = &self.calibration {
+            hash.add(&format!("calibration {}", c.identity()));
         }
         hash.hex()
     }

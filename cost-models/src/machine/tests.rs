@@ -134,3 +134,109 @@ fn impossible_machines_are_refused_with_the_field() {
     let lonely = SMALL.replace("computes_from = [\"vram0\"]", "computes_from = [\"dram0\"]");
     assert!(Machine::from_toml(&lonely).unwrap_err().to_string().contains("out of reach"));
 }
+
+/// A calibration of SMALL's cpu0, as text.
+pub(crate) const CALIBRATION: &str = r#"
+[calibration]
+date = "2026-11-21"
+program = "tierwise 0.1.0"
+seconds = 12.5
+threads = 8
+kernels = "avx2"
+processor = "cpu0"
+memory = "dram0"
+notes = ["no GPU found: not measured"]
+launch_us = { median = 5.0, min = 4.0, max = 7.0, runs = 5 }
+read = [
+  { node = 0, threads = 1, gb_per_s = { median = 12.0, min = 11.0, max = 12.5, runs = 5 } },
+  { node = 0, threads = 8, gb_per_s = { median = 40.0, min = 38.0, max = 41.0, runs = 5 } },
+]
+experts = [
+  { format = "Q8_0", hidden = 1000, inner = 1000, tokens = 1.0, distinct = 1.0, us = { median = 300.0, min = 270.0, max = 360.0, runs = 5 } },
+  { format = "Q8_0", hidden = 1000, inner = 1000, tokens = 1.0, distinct = 4.0, us = { median = 600.0, min = 540.0, max = 720.0, runs = 5 } },
+  { format = "Q8_0", hidden = 1000, inner = 1000, tokens = 4.0, distinct = 4.0, us = { median = 1200.0, min = 1080.0, max = 1440.0, runs = 5 } },
+  { format = "Q8_0", hidden = 1000, inner = 1000, tokens = 16.0, distinct = 4.0, us = { median = 4800.0, min = 4320.0, max = 5760.0, runs = 5 } },
+]
+matmuls = [
+  { format = "F32", rows = 1000, cols = 1000, tokens = 1.0, us = { median = 100.0, min = 90.0, max = 120.0, runs = 5 } },
+  { format = "Q8_0", rows = 1000, cols = 1000, tokens = 1.0, us = { median = 50.0, min = 45.0, max = 60.0, runs = 5 } },
+  { format = "Q8_0", rows = 1000, cols = 1000, tokens = 16.0, us = { median = 200.0, min = 180.0, max = 240.0, runs = 5 } },
+]
+attention = [
+  { flops_per_byte = 1.0, heads = 8, kv_heads = 8, tokens = 1, past = 511, kv_bytes = 1e6, us = { median = 100.0, min = 90.0, max = 120.0, runs = 5 } },
+  { flops_per_byte = 16.0, heads = 8, kv_heads = 8, tokens = 32, past = 0, kv_bytes = 1e6, us = { median = 400.0, min = 360.0, max = 480.0, runs = 5 } },
+]
+small = [
+  { elements = 1000.0, us = { median = 1.0, min = 0.9, max = 1.2, runs = 5 } },
+  { elements = 100000.0, us = { median = 50.0, min = 45.0, max = 60.0, runs = 5 } },
+]
+disk = []
+"#;
+
+#[test]
+fn calibrations_read_back_equal_and_count_in_the_fingerprint() {
+    let machine = Machine::from_toml(&format!("{SMALL}{CALIBRATION}")).unwrap();
+    assert_eq!(Machine::from_toml(&machine.to_toml().unwrap()).unwrap(), machine);
+    let print = |text: &str| Machine::from_toml(text).unwrap().fingerprint();
+    let with = |from: &str, to: &str| print(&format!("{SMALL}{}", CALIBRATION.replacen(from, to, 1)));
+    let same = machine.fingerprint();
+    assert_ne!(print(SMALL), same);
+    assert_eq!(with("2026-11-21", "2027-01-01"), same, "the day changes no plan");
+    assert_eq!(with("max = 360.0", "max = 380.0"), same, "the interval changes no plan");
+    assert_ne!(with("median = 300.0", "median = 301.0"), same);
+    assert_ne!(with("threads = 8\nkernels", "threads = 4\nkernels"), same);
+}
+
+#[test]
+fn impossible_calibrations_are_refused_with_the_field() {
+    let experts_at = CALIBRATION.find("experts = [").unwrap();
+    let (before, after) = CALIBRATION.split_at(experts_at);
+    let first = after.find("  {").unwrap();
+    let second = first + 3 + after[first + 3..].find("  {").unwrap();
+    let third = second + 3 + after[second + 3..].find("  {").unwrap();
+    // The first two samples of experts exchanged.
+    let unsorted = format!("{before}{}{}{}{}", &after[..first], &after[second..third], &after[first..second], &after[third..]);
+    let list = |name: &str| {
+        let start = CALIBRATION.find(&format!("\n{name} = [")).unwrap() + 1;
+        let end = start + CALIBRATION[start..].find("\n]").unwrap() + 2;
+        CALIBRATION.replace(&CALIBRATION[start..end], &format!("{name} = []"))
+    };
+    let swap = |from: &str, to: &str| {
+        let text = CALIBRATION.replacen(from, to, 1);
+        assert_ne!(text, CALIBRATION, "{from}");
+        text
+    };
+    let cases = [
+        (unsorted, "experts[1]"),
+        (list("experts"), "calibration.experts"),
+        (list("matmuls"), "calibration.matmuls"),
+        (list("attention"), "calibration.attention"),
+        (list("small"), "calibration.small"),
+        (list("read"), "calibration.read"),
+        (swap("median = 300.0", "median = -300.0"), "experts[0].us.median"),
+        (swap("median = 300.0", "median = nan"), "experts[0].us.median"),
+        (swap("max = 360.0", "max = inf"), "experts[0].us.max"),
+        (swap("min = 270.0", "min = 0.0"), "experts[0].us.min"),
+        (swap("min = 270.0", "min = 310.0"), "experts[0].us.median"),
+        (swap("max = 360.0, runs = 5", "max = 360.0, runs = 0"), "experts[0].us.runs"),
+        (swap("tokens = 1.0, distinct = 1.0", "tokens = 0.0, distinct = 1.0"), "experts[0].tokens"),
+        (swap("tokens = 1.0, distinct = 1.0", "tokens = 1.0, distinct = nan"), "experts[0].distinct"),
+        (swap("hidden = 1000", "hidden = 0"), "experts[0].hidden"),
+        (swap("kv_bytes = 1e6", "kv_bytes = -1.0"), "attention[0].kv_bytes"),
+        (swap("elements = 100000.0", "elements = 1000.0"), "small[1]"),
+        (swap("threads = 8\nkernels", "threads = 0\nkernels"), "calibration.threads"),
+        (swap("seconds = 12.5", "seconds = nan"), "calibration.seconds"),
+        (swap("2026-11-21", " "), "calibration.date"),
+        (swap("processor = \"cpu0\"", "processor = \"cpu9\""), "calibration.processor"),
+        (swap("memory = \"dram0\"", "memory = \"vram0\""), "calibration.memory"),
+        (swap("seconds = 12.5", "secs = 12.5"), "secs"),
+        (swap("\"Q8_0\"", "\"Q9_9\""), "Q9_9"),
+    ];
+    for (text, words) in cases {
+        let message = Machine::from_toml(&format!("{SMALL}{text}")).expect_err(words).to_string();
+        assert!(message.contains(words), "{words}: {message}");
+    }
+    let disk = "disk = [{ depth = 1, block = 65536, gb_per_s = { median = 1.0, min = 1.0, max = 1.0, runs = 1 } }]";
+    let message = Machine::from_toml(&format!("{SMALL}{}", CALIBRATION.replace("disk = []", disk))).unwrap_err().to_string();
+    assert!(message.contains("calibration.disk_memory"), "{message}");
+}

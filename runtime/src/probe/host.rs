@@ -176,6 +176,46 @@ pub(super) fn largest_disk() -> Option<(String, Bytes, bool)> {
     best
 }
 
+/// The largest cache of the first processor, in bytes; 0 where the system does not say.
+pub(super) fn last_level_cache() -> Bytes {
+    let text = |index: u32| std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")).ok();
+    Bytes((0..8).filter_map(text).filter_map(|t| parse_cache_size(&t)).max().unwrap_or(0))
+}
+
+/// `107520K` or `32M`.
+fn parse_cache_size(text: &str) -> Option<u64> {
+    let t = text.trim();
+    let (number, unit) = t.split_at(t.find(|c: char| !c.is_ascii_digit()).unwrap_or(t.len()));
+    let unit = match unit {
+        "" => 1,
+        "K" => 1 << 10,
+        "M" => 1 << 20,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+/// Display and 3D controllers of vendors that make GPUs, as `vendor:device`. From the bus, because asking drivers loads them.
+pub(super) fn gpus() -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten() {
+        let read = |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default().trim().to_string();
+        // Class 03: display controllers. Vendors: NVIDIA, AMD, Intel; others' are screens of servers and virtual machines.
+        if read("class").starts_with("0x03") && ["0x10de", "0x1002", "0x8086"].contains(&read("vendor").as_str()) {
+            found.push(format!("{}:{}", read("vendor").trim_start_matches("0x"), read("device").trim_start_matches("0x")));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// NUMA nodes that the system shows; 1 where it shows none.
+pub(super) fn numa_nodes() -> usize {
+    let is_node = |name: &str| name.strip_prefix("node").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
+    let entries = std::fs::read_dir("/sys/devices/system/node").into_iter().flatten().flatten();
+    entries.filter(|e| is_node(&e.file_name().to_string_lossy())).count().max(1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,6 +228,8 @@ mod tests {
         let text: String = [cpu(0, 0), cpu(1, 0), cpu(2, 1), cpu(3, 1)].concat();
         assert_eq!(parse_cpuinfo(&text), ("Some CPU @ 2.00GHz".to_string(), 2, 4));
         assert_eq!(parse_cpuinfo(""), ("unknown processor".to_string(), 0, 0));
+        assert_eq!(parse_cache_size("107520K\n"), Some(107_520 << 10));
+        assert_eq!((parse_cache_size("32M"), parse_cache_size("x"), parse_cache_size("5G")), (Some(32 << 20), None, None));
         let memory = "MemTotal:       16000 kB\nMemFree:  1 kB\nMemAvailable:    8000 kB\n";
         assert_eq!(parse_meminfo(memory), (16_000 << 10, 8_000 << 10));
     }

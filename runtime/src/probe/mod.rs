@@ -3,8 +3,16 @@
 //! It takes about a second, so its rates are good to perhaps ten per cent; `calibrate` is the thorough way. What is not measured
 //! carries the source "prior".
 
+mod calibrate;
+mod disk;
+mod effort;
 mod host;
+mod layer;
+mod timing;
+mod weights;
 
+pub use calibrate::{CalibrateOptions, Progress, calibrate};
+pub use effort::Effort;
 pub use host::{HostFacts, host_facts};
 
 use crate::error::Result;
@@ -40,18 +48,41 @@ impl Default for ProbeOptions {
 pub fn probe_machine(options: ProbeOptions) -> Result<Machine> {
     let facts = host_facts();
     let threads = Threads::new(options.threads.unwrap_or(facts.threads as usize))?;
-    let count = threads.count();
     let (one, all) = read_bandwidth(&threads, options);
-    let f32_flops = matmul_rate(&threads, QuantFormat::F32, options.time_each);
-    let int8_ops = matmul_rate(&threads, QuantFormat::Q8_0, options.time_each);
-    let launch = launch_latency(&threads);
-    let (disk, disk_bytes, disk_rate, disk_latency) = disk_prior();
+    let measured = Measured {
+        one,
+        all,
+        f32_flops: matmul_rate(&threads, QuantFormat::F32, options.time_each),
+        int8_ops: matmul_rate(&threads, QuantFormat::Q8_0, options.time_each),
+        launch: launch_latency(&threads),
+        threads: threads.count(),
+    };
+    let machine = describe(facts, &measured);
+    machine.check()?;
+    Ok(machine)
+}
 
+/// What either way of measuring finds.
+struct Measured {
+    /// Reading memory with one thread and with all.
+    one: BytesPerS,
+    all: BytesPerS,
+    f32_flops: FlopsPerS,
+    int8_ops: FlopsPerS,
+    /// Fork and join.
+    launch: Seconds,
+    threads: usize,
+}
+
+/// The machine with what was measured; its disk has priors.
+fn describe(facts: HostFacts, m: &Measured) -> Machine {
+    let count = m.threads;
+    let (disk, disk_bytes, disk_rate, disk_latency) = disk_prior();
     let dram = Memory {
         id: "dram0".into(),
         kind: MemoryKind::Dram,
         capacity: Sourced::measured(facts.ram_total).with_note(format!("{} available when probed", facts.ram_available)),
-        read_bandwidth: Sourced::measured(all).with_note(format!("{count} threads; one thread {one}")),
+        read_bandwidth: Sourced::measured(m.all).with_note(format!("{count} threads; one thread {}", m.one)),
         latency: Sourced::prior(Seconds(81e-9)).with_note("DDR5, local"),
     };
     let disk = Memory {
@@ -76,20 +107,19 @@ pub fn probe_machine(options: ProbeOptions) -> Result<Machine> {
         threads: facts.threads,
         isa: facts.isa,
         computes_from: vec![dram.id.clone()],
-        f32_flops: Sourced::measured(f32_flops).with_note(format!("{count} threads, {} kernels", CpuKernels::best().name)),
+        f32_flops: Sourced::measured(m.f32_flops).with_note(format!("{count} threads, {} kernels", CpuKernels::best().name)),
         f16_flops: None,
-        int8_ops: Some(Sourced::measured(int8_ops).with_note(format!("Q8_0 product, {count} threads"))),
-        launch_latency: Sourced::measured(launch).with_note("fork and join of the thread pool"),
+        int8_ops: Some(Sourced::measured(m.int8_ops).with_note(format!("Q8_0 product, {count} threads"))),
+        launch_latency: Sourced::measured(m.launch).with_note("fork and join of the thread pool"),
     };
-    let machine = Machine {
+    Machine {
         name: "this machine".into(),
         note: Some("Short probe; `calibrate` measures thoroughly.".into()),
         memories: vec![dram, disk],
         processors: vec![cpu],
         links: vec![link],
-    };
-    machine.check()?;
-    Ok(machine)
+        calibration: None,
+    }
 }
 
 /// Best read rate of one thread and of all together, with the kernel that reads fastest: the float dot product.
