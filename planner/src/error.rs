@@ -110,4 +110,14 @@ pub enum PlanError {
         /// The LP solver's message.
         message: String,
     },
+    /// A routing trace or a table of expert counts contradicts itself or the model.
+    #[error("trace: {field} is {found}, expected {expected}")]
+    BadTrace {
+        /// The offending field.
+        field: String,
+        /// Its value.
+        found: String,
+        /// What would be valid.
+        expected: String,
+    },
 }
