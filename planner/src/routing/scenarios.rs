@@ -61,14 +61,23 @@ impl RoutingTrace {
         Ok(scenarios)
     }
 
-    /// Every token of a part as a step of its own, in order: what a single sequence after the other asks for.
+    /// Steps in the order of time, for caches: `batch` sequences are decoded side by side, and who ends is followed by the next. The
+    /// part's tokens, one sequence after the other, are cut into `batch` pieces of equal length; step i takes the i-th token of each.
     ///
     /// # Errors
-    /// [`PlanError::BadTrace`] when the part has no token that was recorded in full.
-    pub fn all_steps(&self, part: &Part) -> Result<Scenarios, PlanError> {
-        let mut scenarios = Scenarios { layers: vec![Vec::new(); self.num_moe_layers] };
-        for token in self.complete_tokens(part)?.into_iter().flatten() {
-            self.push_step(&mut scenarios, &[token]);
+    /// [`PlanError::BadTrace`] when the part has fewer tokens recorded in full than `batch`, or `batch` is 0.
+    pub fn stream(&self, part: &Part, batch: u32) -> Result<Scenarios, PlanError> {
+        let tokens: Vec<usize> = self.complete_tokens(part)?.into_iter().flatten().collect();
+        let lanes = batch as usize;
+        let Some(steps) = tokens.len().checked_div(lanes).filter(|n| *n > 0) else {
+            return bad("the batch", batch, format!("1 to {}, the tokens of this part of the trace", tokens.len()));
+        };
+        let mut scenarios = Scenarios { layers: vec![Vec::with_capacity(steps); self.num_moe_layers] };
+        let mut step = Vec::with_capacity(lanes);
+        for i in 0..steps {
+            step.clear();
+            step.extend((0..lanes).map(|lane| tokens[lane * steps + i]));
+            self.push_step(&mut scenarios, &step);
         }
         Ok(scenarios)
     }

@@ -124,7 +124,7 @@ fn scenarios_converge_to_the_shares() {
     let (train, _) = trace.split(0.6, 3).unwrap();
     let shares = trace.shares(&train);
     let scenarios = trace.scenarios(&train, 1, 4000, 5).unwrap();
-    let all = trace.all_steps(&train).unwrap();
+    let all = trace.stream(&train, 1).unwrap();
     assert_eq!(all.layers[0].len(), trace.num_tokens_of(&train));
     for (layer, shares) in shares.iter().enumerate() {
         // Four standard deviations of a frequency over 4000 draws are at most 0.032.
@@ -148,6 +148,11 @@ fn a_scenario_is_one_step_of_different_sequences() {
     assert!(five.layers[0].iter().all(|s| s == &[0, 1, 2]), "a longer batch begins anew");
     assert_eq!(two, trace.scenarios(&trace.all(), 2, 50, 1).unwrap());
     assert!(trace.scenarios(&trace.all(), 0, 50, 1).is_err());
+    // Side by side: the first token of each third, then the second, ...
+    assert_eq!(trace.stream(&trace.all(), 3).unwrap().layers[1], vec![vec![0, 1, 2]; 4]);
+    assert_eq!(trace.stream(&trace.all(), 2).unwrap().layers[0][1..3], [vec![0, 1], vec![0, 2]]);
+    assert_eq!(trace.stream(&trace.all(), 1).unwrap().layers[0].len(), 12);
+    assert!(trace.stream(&trace.all(), 0).is_err() && trace.stream(&trace.all(), 13).is_err());
 }
 
 #[test]
@@ -157,7 +162,7 @@ fn unrecorded_tokens_are_left_out() {
     let steps = trace.scenarios(&trace.all(), 1, 20, 0).unwrap();
     assert!(steps.layers[0].iter().all(|s| s == &[1]) && steps.layers[1].iter().all(|s| s == &[2]));
     assert_eq!(trace.shares(&trace.all()), [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]);
-    assert!(trace.all_steps(&Part { sequences: vec![1] }).is_err());
+    assert!(trace.stream(&Part { sequences: vec![1] }, 1).is_err());
 }
 
 #[test]
