@@ -1,9 +1,10 @@
 //! The judge: what a placement costs and whether it fits. Independent of every solver.
 //!
 //! Decode step = other + sum over MoE layers of [fixed + E max(GPU branch, CPU branch, link branch)]; a processor's branch is the
-//! time of its active experts plus one round trip if it is not the main one and any of its experts is active (algorithms §1).
-//! Branches are idle or take their mean time given that they are used ([`Branches::expected_max`]): that is at least the maximum of
-//! the means, which is what the lower bound uses.
+//! time of its active experts, plus what copies from its memory take from it, plus one round trip if it is not the main one and any
+//! of its experts is active (algorithms §1). With sampled steps of a trace the expectation is their mean (sample average, §2); without,
+//! tiers and links are idle or take their mean time given that they are used, independently ([`expected_slowest`]). Either is at
+//! least the maximum of the means, which is what lower bounds use.
 
 use crate::error::PlanError;
 use crate::price::{Case, Copies, LayerPrice, Phase, PriceTable};
@@ -54,14 +55,45 @@ impl Loads {
         }
         let cached = (0..n).filter(|t| price.tiers[*t].copies == Copies::Misses).map(|t| loads.count[t]).sum();
         let miss_rate = price.misses.miss_rate(placement.slots, cached);
-        for t in 0..n {
-            loads.copied[t] = match price.tiers[t].copies {
+        loads.copy(price, miss_rate);
+        loads
+    }
+
+    /// Loads of one sampled step, in which the experts of `step` are active.
+    pub fn of_step(price: &LayerPrice, placement: &LayerPlacement, step: &[u16]) -> Self {
+        let n = price.tiers.len();
+        let mut loads = Self { count: vec![0; n], mass: vec![0.0; n], copied: vec![0.0; n], idle: vec![0.0; n] };
+        for tier in &placement.tier_of {
+            loads.count[usize::from(*tier)] += 1;
+        }
+        for expert in step {
+            let t = usize::from(placement.tier_of[usize::from(*expert)]);
+            loads.mass[t] += 1.0;
+            loads.idle[t] = f64::NEG_INFINITY;
+        }
+        let cached = (0..n).filter(|t| price.tiers[*t].copies == Copies::Misses).map(|t| loads.count[t]).sum();
+        loads.copy(price, price.misses.miss_rate(placement.slots, cached));
+        loads
+    }
+
+    /// Loads of a layer whose experts are all alike, from their numbers per tier.
+    pub fn of_counts(price: &LayerPrice, counts: &[u32], slots: u32) -> Self {
+        let (p, ln_idle) = (price.active.first().copied().unwrap_or(0.0), price.ln_idle.first().copied().unwrap_or(0.0));
+        let times = |x: f64| counts.iter().map(|n| f64::from(*n) * x).collect::<Vec<f64>>();
+        let mut loads = Self { count: counts.to_vec(), mass: times(p), copied: vec![0.0; counts.len()], idle: times(ln_idle) };
+        let cached = (0..counts.len()).filter(|t| price.tiers[*t].copies == Copies::Misses).map(|t| counts[t]).sum();
+        loads.copy(price, price.misses.miss_rate(slots, cached));
+        loads
+    }
+
+    fn copy(&mut self, price: &LayerPrice, miss_rate: f64) {
+        for (t, tier) in price.tiers.iter().enumerate() {
+            self.copied[t] = match tier.copies {
                 Copies::Never => 0.0,
-                Copies::Misses => loads.mass[t] * miss_rate,
-                Copies::Always => loads.mass[t],
+                Copies::Misses => self.mass[t] * miss_rate,
+                Copies::Always => self.mass[t],
             };
         }
-        loads
     }
 }
 
@@ -88,6 +120,7 @@ impl Branches {
     pub fn new(price: &LayerPrice, loads: &Loads, num_links: usize) -> Self {
         let mut b = Self { processors: vec![Branch::default(); price.sync_s.len()], links: vec![Branch::default(); num_links] };
         let mut idle = vec![0.0; price.sync_s.len()];
+        let mut contention = vec![0.0; price.sync_s.len()];
         let mut copied = vec![0.0; num_links];
         for (t, tier) in price.tiers.iter().enumerate() {
             if loads.count[t] == 0 {
@@ -98,11 +131,15 @@ impl Branches {
             if tier.copies != Copies::Never {
                 b.links[tier.link].seconds += loads.copied[t] * tier.copy_s;
                 copied[tier.link] += loads.copied[t];
+                if let Some((processor, seconds)) = tier.contends {
+                    contention[processor] += loads.copied[t] * seconds;
+                }
             }
         }
-        for ((branch, sync), idle) in b.processors.iter_mut().zip(&price.sync_s).zip(idle) {
+        for (((branch, sync), idle), contention) in b.processors.iter_mut().zip(&price.sync_s).zip(idle).zip(contention) {
             branch.used = 1.0 - f64::exp(idle);
-            branch.seconds += sync * branch.used;
+            // While nothing is computed, copies disturb nobody.
+            branch.seconds += (sync + contention) * branch.used;
         }
         for (branch, copied) in b.links.iter_mut().zip(copied) {
             // Copies come one by one and independently: Poisson.
@@ -115,24 +152,105 @@ impl Branches {
     pub fn iter(&self) -> impl Iterator<Item = &Branch> {
         self.processors.iter().chain(&self.links)
     }
+}
 
-    /// Expected time of the slowest branch, each branch being idle or taking its mean time given that it is used. Rarely used slow
-    /// branches cost what they cost when they are used: the maximum of the means would hide them. The most used come first, so that
-    /// what is nearly always there is the base on which the others are added.
-    pub fn expected_max(&self) -> f64 {
-        let mut used: Vec<&Branch> = self.iter().filter(|b| b.used > 0.0).collect();
-        used.sort_by(|a, b| b.used.total_cmp(&a.used));
-        used.into_iter().fold(0.0, |slowest, b| {
-            let when_used = b.seconds / b.used;
-            (1.0 - b.used) * slowest + b.used * f64::max(slowest, when_used)
-        })
+/// Something that a step either uses or not, and what it costs when used.
+struct Event {
+    /// Probability that it is used.
+    used: f64,
+    /// Resource (processors first, then links) and seconds when used.
+    on: usize,
+    seconds: f64,
+    /// A processor that it slows down if that computes, and by how much.
+    slows: Option<(usize, f64)>,
+}
+
+/// More events than this are not combined; those of the fastest tiers count with their means.
+const MAX_EVENTS: usize = 8;
+/// As good as always.
+const CERTAIN: f64 = 1.0 - 1e-9;
+
+/// Expected time of the slowest resource in one layer: over all combinations of tiers and links being used or not, independently of
+/// each other, each taking its mean time given that it is used. Rarely used slow tiers thus cost what they cost when they are used;
+/// the maximum of the means would hide them. The value grows with the load of every tier and falls with the cache's slots, and it is
+/// at least the mean of any resource: bounds rely on both.
+pub fn expected_slowest(price: &LayerPrice, loads: &Loads, num_links: usize) -> f64 {
+    let processors = price.sync_s.len();
+    let mut base = vec![0.0; processors + num_links];
+    let mut computes = vec![false; processors];
+    let mut slowed = vec![0.0; processors];
+    let mut events: Vec<(f64, Event)> = Vec::new();
+    for (t, tier) in price.tiers.iter().enumerate().filter(|(t, _)| loads.count[*t] > 0) {
+        let used = 1.0 - f64::exp(loads.idle[t]);
+        if used > 0.0 {
+            let seconds = loads.mass[t] * tier.expert_s / used;
+            events.push((tier.expert_s, Event { used, on: tier.processor, seconds, slows: None }));
+        }
+        // Copies come one by one and independently: Poisson.
+        let used = 1.0 - f64::exp(-loads.copied[t]);
+        if used > 0.0 {
+            let when_used = loads.copied[t] / used;
+            let slows = tier.contends.map(|(p, s)| (p, s * when_used));
+            let seconds = when_used * tier.copy_s;
+            events.push((tier.copy_s, Event { used, on: processors + tier.link, seconds, slows }));
+        }
     }
+    // Which events are combined must not depend on the loads, or the value would jump: the slowest ones.
+    events.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let mut open: Vec<Event> = Vec::with_capacity(MAX_EVENTS);
+    for (i, (_, e)) in events.into_iter().enumerate() {
+        if i < MAX_EVENTS && e.used < CERTAIN {
+            open.push(e);
+            continue;
+        }
+        base[e.on] += e.seconds * e.used;
+        if e.on < processors {
+            computes[e.on] = true;
+        }
+        if let Some((p, s)) = e.slows {
+            slowed[p] += s * e.used;
+        }
+    }
+    let mut expected = 0.0;
+    let (mut time, mut busy, mut slow) = (base.clone(), computes.clone(), slowed.clone());
+    for state in 0..1_u32 << open.len() {
+        time.copy_from_slice(&base);
+        busy.copy_from_slice(&computes);
+        slow.copy_from_slice(&slowed);
+        let mut probability = 1.0;
+        for (i, e) in open.iter().enumerate() {
+            if state >> i & 1 == 0 {
+                probability *= 1.0 - e.used;
+                continue;
+            }
+            probability *= e.used;
+            time[e.on] += e.seconds;
+            if e.on < processors {
+                busy[e.on] = true;
+            }
+            if let Some((p, s)) = e.slows {
+                slow[p] += s;
+            }
+        }
+        for p in (0..processors).filter(|p| busy[*p]) {
+            time[p] += price.sync_s[p] + slow[p];
+        }
+        expected += probability * time.iter().copied().fold(0.0, f64::max);
+    }
+    expected
 }
 
 /// Seconds of one MoE layer.
 pub fn layer_seconds(table: &PriceTable, index: usize, placement: &LayerPlacement) -> f64 {
     let price = table.layer(index);
-    price.fixed_s + Branches::new(price, &Loads::new(price, placement), table.links.len()).expected_max()
+    let slowest = |loads: &Loads| expected_slowest(price, loads, table.links.len());
+    price.fixed_s
+        + match &price.scenarios {
+            None => slowest(&Loads::new(price, placement)),
+            Some(steps) => {
+                steps.iter().map(|s| slowest(&Loads::of_step(price, placement, s))).sum::<f64>() / steps.len() as f64
+            }
+        }
 }
 
 /// Seconds of one step.

@@ -32,7 +32,7 @@ pub fn make_plan(problem: &Problem<'_>, cost: &dyn CostModel, kind: SolverKind) 
 /// [`PlanError::BadPlan`] when it is not feasible.
 pub fn plan_from_placement(problem: &Problem<'_>, cost: &dyn CostModel, placement: Placement) -> Result<Plan, PlanError> {
     let prices = Prices::new(problem, cost, Case::Expected);
-    let solution = Solution { placement, solver: "given", reason: "the placement was given".into() };
+    let solution = Solution { placement, solver: "given", reason: "the placement was given".into(), bound: None };
     plan_from(problem, cost, &prices, &solution)
 }
 
@@ -41,7 +41,11 @@ fn plan_from(problem: &Problem<'_>, cost: &dyn CostModel, prices: &Prices, solut
     let usage = usage(problem, placement)?;
     let objective_s = rounded(prices.objective(problem, placement));
     // Equal up to the LP's tolerance when the placement is optimal: the bound is never above.
-    let lower_bound_s = rounded(lower_bound(problem, prices)?).min(objective_s);
+    let (bound_s, bound_method) = match &solution.bound {
+        Some(b) => (b.seconds, b.method.clone()),
+        None => (lower_bound(problem, prices)?, METHOD.to_string()),
+    };
+    let lower_bound_s = rounded(bound_s).min(objective_s);
     let cases = [prices, &Prices::new(problem, cost, Case::Fast), &Prices::new(problem, cost, Case::Slow)];
     Ok(Plan {
         tierwise_plan: PLAN_VERSION,
@@ -61,7 +65,7 @@ fn plan_from(problem: &Problem<'_>, cost: &dyn CostModel, prices: &Prices, solut
         objective_s,
         lower_bound_s,
         gap: if objective_s > 0.0 { rounded((objective_s - lower_bound_s) / objective_s) } else { 0.0 },
-        bound_method: METHOD.into(),
+        bound_method,
         solver: solution.solver.into(),
         solver_reason: solution.reason.clone(),
         provenance: provenance(problem, cost, &usage),

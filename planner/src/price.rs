@@ -76,6 +76,8 @@ pub struct TierPrice {
     pub copy_s: f64,
     /// What is copied.
     pub copies: Copies,
+    /// Processor that computes from the memory the copies come from, and seconds of its reading that one copy takes from it.
+    pub contends: Option<(usize, f64)>,
 }
 
 /// Prices of one layer.
@@ -93,6 +95,8 @@ pub struct LayerPrice {
     pub ln_idle: Vec<f64>,
     /// Miss rate of cache slots.
     pub misses: MissCurve,
+    /// Sampled steps: the active experts of each, ascending; absent when only their probabilities are known.
+    pub scenarios: Option<Vec<Vec<u16>>>,
 }
 
 /// All prices of a phase and case.
@@ -151,7 +155,11 @@ impl PriceTable {
                 continue;
             };
             let tokens = if work.active_experts <= 0.0 { 0 } else { rows(batch, l, problem.spec.layers.len()) };
-            let active = active(problem, index, tokens);
+            let scenarios = problem.scenarios.as_ref().filter(|_| phase == Phase::Decode).map(|s| s.layers[index].clone());
+            let active = match &scenarios {
+                Some(steps) => frequencies(steps, layer.num_experts as usize),
+                None => active(problem, index, tokens),
+            };
             let demanded = active.iter().sum::<f64>() / active.len() as f64;
             let least = f64::from(layer.experts_per_token) / f64::from(layer.num_experts);
             let recency = if least < 1.0 { 1.0 - (demanded - least) / (1.0 - least) } else { 0.0 };
@@ -166,7 +174,11 @@ impl PriceTable {
                 tiers: tier_prices(problem, cost, phase, case, work, layer.expert_bytes, &mut links)?,
                 ln_idle: active.iter().map(|p| (1.0 - p.min(1.0 - 1e-12)).ln()).collect(),
                 active,
-                misses: MissCurve::new(case.curve(), recency),
+                misses: match problem.miss_curves.as_ref().filter(|_| phase == Phase::Decode) {
+                    Some(curves) => curves[index].clone(),
+                    None => MissCurve::new(case.curve(), recency),
+                },
+                scenarios,
             };
             let class = table.classes.iter().position(|c| *c == price).unwrap_or_else(|| {
                 table.classes.push(price);
@@ -203,6 +215,15 @@ fn active(problem: &Problem<'_>, index: usize, tokens: u32) -> Vec<f64> {
     }
 }
 
+/// Share of the steps in which each expert is active. `[num_experts]`
+fn frequencies(steps: &[Vec<u16>], num_experts: usize) -> Vec<f64> {
+    let mut active = vec![0.0; num_experts];
+    for expert in steps.iter().flatten() {
+        active[usize::from(*expert)] += 1.0 / steps.len() as f64;
+    }
+    active
+}
+
 fn tier_prices(
     problem: &Problem<'_>,
     cost: &dyn CostModel,
@@ -217,8 +238,8 @@ fn tier_prices(
         let seen = problem.machine.seen_from(p, from);
         let processor = problem.machine.processors.iter().position(|o| o.id == p.id).expect("a processor of the machine");
         let expert_s = case.of(cost.compute(p, &seen, work.expert, 0));
-        let (link, copy_s) = match route {
-            None => (0, 0.0),
+        let (link, copy_s, contends) = match route {
+            None => (0, 0.0, None),
             Some(route) => {
                 // A route of two hops keeps its last link busy for as long as the slower hop takes.
                 let last = problem.machine.links.iter().find(|l| l.to == route.to);
@@ -228,10 +249,20 @@ fn tier_prices(
                     links.push(name);
                     links.len() - 1
                 });
-                (index, case.of(cost.transfer(&route, expert_bytes)))
+                let copy_s = case.of(cost.transfer(&route, expert_bytes));
+                // Copies and computing drink from the same memory: what one takes the other waits for (algorithms §1). A copy is never
+                // slower through this than over its link.
+                let source = problem.machine.memory(&route.from);
+                let reader = problem.machine.processors.iter().position(|p| p.computes_from.first() == Some(&route.from));
+                let contends = source.zip(reader).map(|(memory, reader)| {
+                    let read = Work { weight_bytes: expert_bytes, ..Work::default() };
+                    let read_s = case.of(cost.compute(&problem.machine.processors[reader], memory, read, 0));
+                    (reader, read_s.min(copy_s))
+                });
+                (index, copy_s, contends)
             }
         };
-        TierPrice { processor, expert_s, link, copy_s, copies }
+        TierPrice { processor, expert_s, link, copy_s, copies, contends }
     };
     problem
         .tiers

@@ -5,8 +5,10 @@
 
 use crate::budget;
 use crate::error::PlanError;
+use crate::hits::MissCurve;
 use crate::plan::{Main, Tier};
 use crate::request::{Limits, Popularity, Request};
+use crate::scenario::Scenarios;
 use tierwise_cost::machine::{Machine, Memory, MemoryKind, Processor, ProcessorKind};
 use tierwise_cost::model::ModelSpec;
 use tierwise_cost::units::Bytes;
@@ -47,6 +49,10 @@ pub struct Problem<'a> {
     pub fixed: Vec<Vec<(&'static str, Bytes)>>,
     /// Per memory of the machine: what is left for experts and slots.
     pub room: Vec<Bytes>,
+    /// Sampled decode steps of a trace, if there is one.
+    pub scenarios: Option<Scenarios>,
+    /// Measured miss rates of cache slots per MoE layer, if there is a trace.
+    pub miss_curves: Option<Vec<MissCurve>>,
 }
 
 impl<'a> Problem<'a> {
@@ -80,9 +86,35 @@ impl<'a> Problem<'a> {
         }
         let mut tiers = tiers(machine, &main, &capacity);
         drop_needless_disk(machine, &layers, &room, total, &mut tiers);
-        let problem = Self { spec, machine, request, main, tiers, layers, capacity, fixed, room };
+        let problem = Self { spec, machine, request, main, tiers, layers, capacity, fixed, room, scenarios: None, miss_curves: None };
         problem.check_total(total)?;
         Ok(problem)
+    }
+
+    /// The same with sampled decode steps: placements are then judged by their mean over these.
+    ///
+    /// # Errors
+    /// [`PlanError::BadRequest`] when layers or experts do not match the model, or there is no step.
+    pub fn with_scenarios(mut self, scenarios: Scenarios) -> Result<Self, PlanError> {
+        scenarios.check(&self.layers)?;
+        self.scenarios = Some(scenarios);
+        Ok(self)
+    }
+
+    /// The same with measured miss rates of cache slots, one curve per MoE layer.
+    ///
+    /// # Errors
+    /// [`PlanError::BadRequest`] when their number is another.
+    pub fn with_miss_curves(mut self, curves: Vec<MissCurve>) -> Result<Self, PlanError> {
+        if curves.len() != self.layers.len() {
+            return Err(PlanError::BadRequest {
+                field: "miss curves",
+                found: curves.len().to_string(),
+                expected: format!("one for each of the {} MoE layers", self.layers.len()),
+            });
+        }
+        self.miss_curves = Some(curves);
+        Ok(self)
     }
 
     /// Index of a memory in the machine's list.

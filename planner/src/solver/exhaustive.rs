@@ -91,6 +91,6 @@ impl Solver for Exhaustive {
             }
         }
         let (_, placement) = best.ok_or_else(|| super::greedy::no_placement(problem))?;
-        Ok(Solution { placement, solver: "exhaustive", reason: format!("the best of {tried} feasible placements") })
+        Ok(Solution { placement, solver: "exhaustive", reason: format!("the best of {tried} feasible placements"), bound: None })
     }
 }

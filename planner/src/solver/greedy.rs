@@ -56,7 +56,7 @@ impl Solver for Greedy {
             }
         }
         let (_, placement, name) = best.ok_or_else(|| no_placement(problem))?;
-        Ok(Solution { placement, solver: "greedy", reason: format!("best of {tried} starts: {name}") })
+        Ok(Solution { placement, solver: "greedy", reason: format!("best of {tried} starts: {name}"), bound: None })
     }
 }
 

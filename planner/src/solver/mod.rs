@@ -3,13 +3,17 @@
 //! A new solver: one file, one variant of [`SolverKind`], one arm in [`solve`]; the suite in `tests` then holds it to the rules:
 //! feasible, never better than exhaustive on tiny problems, never below the lower bound, deterministic.
 
+mod columns;
+mod counts;
 mod exhaustive;
 mod fill;
 mod greedy;
+mod local;
 mod polish;
 
 pub use exhaustive::Exhaustive;
 pub use greedy::Greedy;
+pub use local::Local;
 
 use crate::error::PlanError;
 use crate::evaluate::{Placement, Prices};
@@ -18,11 +22,13 @@ use crate::problem::Problem;
 /// Which solver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SolverKind {
-    /// Exhaustive for tiny problems, else greedy; the plan says which and why.
+    /// Exhaustive for tiny problems, else local search; the plan says which and why.
     #[default]
     Auto,
     /// Most seconds saved per byte first, then moves within layers.
     Greedy,
+    /// Greedy, then relaxation, rounding and local search, with a lower bound.
+    Local,
     /// Every placement. Tiny problems only.
     Exhaustive,
 }
@@ -33,8 +39,9 @@ impl std::str::FromStr for SolverKind {
         match s {
             "auto" => Ok(Self::Auto),
             "greedy" => Ok(Self::Greedy),
+            "local" => Ok(Self::Local),
             "exhaustive" => Ok(Self::Exhaustive),
-            _ => Err(PlanError::BadRequest { field: "solver", found: s.into(), expected: "auto, greedy or exhaustive".into() }),
+            _ => Err(PlanError::BadRequest { field: "solver", found: s.into(), expected: "auto, greedy, local or exhaustive".into() }),
         }
     }
 }
@@ -48,6 +55,19 @@ pub struct Solution {
     pub solver: &'static str,
     /// What it chose between.
     pub reason: String,
+    /// A lower bound that the solver proved on its way, if any.
+    pub bound: Option<Bound>,
+}
+
+/// What no placement can beat.
+#[derive(Debug, Clone)]
+pub struct Bound {
+    /// The objective of every placement is at least this.
+    pub seconds: f64,
+    /// How it was computed, and what it holds for.
+    pub method: String,
+    /// What one more byte of each memory would save, in seconds of the objective: the bound's prices. `[memories]`
+    pub saved_s_per_byte: Vec<f64>,
 }
 
 /// Proposes placements.
@@ -66,6 +86,7 @@ pub trait Solver {
 pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result<Solution, PlanError> {
     match kind {
         SolverKind::Greedy => Greedy.solve(problem, prices),
+        SolverKind::Local => Local.solve(problem, prices),
         SolverKind::Exhaustive => Exhaustive::default().solve(problem, prices),
         SolverKind::Auto => {
             let small = Exhaustive { max_states: 20_000.0 };
@@ -73,7 +94,7 @@ pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result
             let (mut s, why) = if states <= small.max_states {
                 (small.solve(problem, prices)?, format!("auto: {states} placement(s), all tried"))
             } else {
-                (Greedy.solve(problem, prices)?, "auto: too many placements to try all".to_string())
+                (Local.solve(problem, prices)?, "auto: too many placements to try all".to_string())
             };
             s.reason = format!("{why}; {}", s.reason);
             Ok(s)

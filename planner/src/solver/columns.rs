@@ -1,0 +1,252 @@
+//! Near-optimal placements, with proof, of models whose experts are alike within a layer.
+//!
+//! Layers with equal prices form a class. A column is one way to place a layer of a class: counts per tier and slots
+//! ([`super::counts`]). Which columns to use how often is a small linear program with one row per memory and class; its prices of
+//! memory tell which column to look for next (Dantzig-Wolfe). For any prices of memory, the sum of the cheapest columns minus the
+//! price of all room is a lower bound on every placement (Lagrange). At the end the fractions are rounded and single layers are
+//! improved within the room that is left.
+
+use super::counts::{CountLayer, Found, Point};
+use super::polish;
+use crate::error::PlanError;
+use crate::evaluate::{LayerPlacement, Placement, Weights};
+use crate::problem::Problem;
+use good_lp::{Expression, ProblemVariables, Solution as _, SolverModel, constraint, microlp, variable};
+
+/// How the bound is computed, for the plan.
+pub const METHOD: &str = "Lagrangian over whole placements of layers (column generation, branch and bound per layer)";
+
+/// Rounds of column generation at most; the bound holds after each.
+const MAX_ROUNDS: usize = 60;
+/// Column generation ends when fractions of columns are this close to the bound.
+const CLOSE: f64 = 5e-5;
+/// Times in the programs are in microseconds, sizes in MiB: coefficients of similar size keep the simplex method stable.
+const MICRO: f64 = 1e6;
+const MIB: f64 = 1_048_576.0;
+
+/// Layers that are alike.
+struct Class<'a> {
+    layers: Vec<usize>,
+    counts: CountLayer<'a>,
+    mib: f64,
+    columns: Vec<Column>,
+}
+
+struct Column {
+    found: Found,
+    /// MiB held in each memory.
+    mib: Vec<f64>,
+}
+
+/// What column generation found.
+pub(super) struct Columns {
+    /// A feasible placement, if rounding found one.
+    pub placement: Option<Placement>,
+    /// No placement has a smaller objective in this form.
+    pub bound_s: f64,
+    /// Seconds per byte of each memory: what a little more of it would save.
+    pub saved_s_per_byte: Vec<f64>,
+}
+
+/// Solves `form`; `starts` are feasible placements, of which there must be one. `None` when experts of a layer differ.
+///
+/// # Errors
+/// [`PlanError::Bound`] when a linear program fails.
+pub(super) fn solve(problem: &Problem<'_>, form: &Weights<'_>, starts: &[Placement]) -> Result<Option<Columns>, PlanError> {
+    let Some(mut classes) = classes(problem, form) else { return Ok(None) };
+    let memories = problem.room.len();
+    let room: Vec<f64> = problem.room.iter().map(|b| b.0 as f64 / MIB).collect();
+    let other_s: f64 = form.iter().map(|(w, t)| w * t.other_s).sum();
+    for placement in starts {
+        for class in &mut classes {
+            for i in class.layers.clone() {
+                let point = Point::of(&placement.layers[i], problem.tiers.len());
+                class.add(point, memories);
+            }
+        }
+    }
+    let mut bound = f64::NEG_INFINITY;
+    let mut prices = vec![0.0; memories];
+    let mut wanted = vec![0.0; memories];
+    for _ in 0..MAX_ROUNDS {
+        let (value, duals) = master_dual(&classes, &room)?;
+        let mut lagrangian = -duals.iter().zip(&room).map(|(p, r)| p * r).sum::<f64>();
+        let mut added = false;
+        for class in &mut classes {
+            let per_expert: Vec<f64> = duals.iter().map(|p| p * class.mib).collect();
+            let max_held: Vec<u32> = room.iter().map(|r| (r / class.mib).floor().min(f64::from(u32::MAX)) as u32).collect();
+            let start = class.cheapest(&duals).cloned();
+            let (found, lowest) = class.counts.cheapest(&per_expert, &max_held, start.as_ref());
+            lagrangian += class.layers.len() as f64 * lowest;
+            if let Some(found) = found {
+                added |= class.add(found.point, memories);
+            }
+        }
+        if lagrangian > bound {
+            bound = lagrangian;
+            prices.clone_from(&duals);
+        }
+        wanted = duals;
+        if !added || value - bound <= CLOSE * value.abs() {
+            break;
+        }
+    }
+    if prices.iter().all(|p| *p == 0.0) {
+        prices.clone_from(&wanted);
+    }
+    let placement = round(problem, form, &classes, &room, &prices)?;
+    let saved_s_per_byte = prices.iter().map(|p| p / MIB).collect();
+    Ok(Some(Columns { placement, bound_s: other_s + bound, saved_s_per_byte }))
+}
+
+fn classes<'a>(problem: &Problem<'_>, form: &Weights<'a>) -> Option<Vec<Class<'a>>> {
+    let mut classes: Vec<Class<'a>> = Vec::new();
+    for i in 0..problem.layers.len() {
+        let same = |c: &&mut Class<'_>| {
+            let j = c.layers[0];
+            form.iter().all(|(_, t)| t.class_of[i] == t.class_of[j])
+                && problem.layers[i].expert_bytes == problem.layers[j].expert_bytes
+                && problem.layers[i].num_experts == problem.layers[j].num_experts
+        };
+        match classes.iter_mut().find(same) {
+            Some(class) => class.layers.push(i),
+            None => classes.push(Class {
+                layers: vec![i],
+                counts: CountLayer::new(problem, form, i)?,
+                mib: problem.layers[i].expert_bytes.0 as f64 / MIB,
+                columns: Vec::new(),
+            }),
+        }
+    }
+    Some(classes)
+}
+
+impl Class<'_> {
+    /// Adds a column; false when it is there already.
+    fn add(&mut self, point: Point, memories: usize) -> bool {
+        if self.columns.iter().any(|c| c.found.point == point) {
+            return false;
+        }
+        let mib = self.counts.experts_in(&point, memories).iter().map(|n| f64::from(*n) * self.mib).collect();
+        let seconds = self.counts.seconds(&point.counts, point.slots);
+        self.columns.push(Column { found: Found { point, seconds }, mib });
+        true
+    }
+
+    /// The known column that is cheapest at these prices.
+    fn cheapest(&self, prices: &[f64]) -> Option<&Point> {
+        let value = |c: &Column| c.found.seconds + c.mib.iter().zip(prices).map(|(b, p)| b * p).sum::<f64>();
+        self.columns.iter().min_by(|a, b| value(a).total_cmp(&value(b))).map(|c| &c.found.point)
+    }
+}
+
+/// The dual of "choose columns": value in seconds, and price in seconds per MiB of each memory.
+fn master_dual(classes: &[Class<'_>], room: &[f64]) -> Result<(f64, Vec<f64>), PlanError> {
+    let mut vars = ProblemVariables::new();
+    let price: Vec<_> = room.iter().map(|_| vars.add(variable().min(0.0))).collect();
+    let worth: Vec<_> = classes.iter().map(|_| vars.add(variable())).collect();
+    let mut goal = Expression::from(0.0);
+    for (p, r) in price.iter().zip(room) {
+        goal.add_mul(-r, *p);
+    }
+    let mut constraints = Vec::new();
+    for (class, w) in classes.iter().zip(&worth) {
+        goal.add_mul(class.layers.len() as f64, *w);
+        for c in &class.columns {
+            let mut left = Expression::from(*w);
+            for (p, mib) in price.iter().zip(&c.mib) {
+                left.add_mul(-mib, *p);
+            }
+            constraints.push(constraint!(left <= c.found.seconds * MICRO));
+        }
+    }
+    let objective = goal.clone();
+    let mut model = vars.maximise(goal).using(microlp);
+    for c in constraints {
+        model = model.with(c);
+    }
+    let solution = model.solve().map_err(|e| PlanError::Bound { message: format!("prices of memory: {e}") })?;
+    Ok((solution.eval(objective) / MICRO, price.iter().map(|p| solution.value(*p).max(0.0) / MICRO).collect()))
+}
+
+/// How often to use each column, in fractions. `[classes][columns]`
+fn master(classes: &[Class<'_>], room: &[f64]) -> Result<Vec<Vec<f64>>, PlanError> {
+    let mut vars = ProblemVariables::new();
+    let mut goal = Expression::from(0.0);
+    let mut used: Vec<Expression> = room.iter().map(|_| Expression::from(0.0)).collect();
+    let mut constraints = Vec::new();
+    let mut times = Vec::new();
+    for class in classes {
+        let row: Vec<_> = class.columns.iter().map(|_| vars.add(variable().min(0.0))).collect();
+        for (c, x) in class.columns.iter().zip(&row) {
+            goal.add_mul(c.found.seconds * MICRO, *x);
+            for (sum, mib) in used.iter_mut().zip(&c.mib) {
+                sum.add_mul(*mib, *x);
+            }
+        }
+        let all: Expression = row.iter().sum();
+        constraints.push(constraint!(all == class.layers.len() as f64));
+        times.push(row);
+    }
+    for (sum, r) in used.into_iter().zip(room) {
+        constraints.push(constraint!(sum <= *r));
+    }
+    let mut model = vars.minimise(goal).using(microlp);
+    for c in constraints {
+        model = model.with(c);
+    }
+    let solution = model.solve().map_err(|e| PlanError::Bound { message: format!("choice of columns: {e}") })?;
+    Ok(times.iter().map(|row| row.iter().map(|x| solution.value(*x)).collect()).collect())
+}
+
+/// Whole numbers of columns, leftover layers placed one by one in the room that is left, then improved.
+fn round(
+    problem: &Problem<'_>,
+    form: &Weights<'_>,
+    classes: &[Class<'_>],
+    room: &[f64],
+    prices: &[f64],
+) -> Result<Option<Placement>, PlanError> {
+    let fractions = master(classes, room)?;
+    let mut free: Vec<f64> = room.to_vec();
+    let mut layers: Vec<Option<LayerPlacement>> = vec![None; problem.layers.len()];
+    let mut open: Vec<(usize, usize)> = Vec::new();
+    for ((c, class), row) in classes.iter().enumerate().zip(&fractions) {
+        let mut waiting = class.layers.iter().copied();
+        for (column, times) in class.columns.iter().zip(row) {
+            for i in waiting.by_ref().take((times + 1e-6).floor() as usize) {
+                layers[i] = Some(column.found.point.placement(&problem.layers[i].by_popularity));
+                for (f, mib) in free.iter_mut().zip(&column.mib) {
+                    *f -= mib;
+                }
+            }
+        }
+        open.extend(waiting.map(|i| (c, i)));
+    }
+    for (k, (c, i)) in open.iter().enumerate() {
+        // Every layer that still waits is owed its share of the room.
+        let share = 1.0 / (open.len() - k) as f64;
+        let class = &classes[*c];
+        let max_held: Vec<u32> = free.iter().map(|f| (f.max(0.0) / class.mib).floor() as u32).collect();
+        let fits = |column: &&Column| column.mib.iter().zip(&free).all(|(m, f)| *m <= f * share + 1e-6);
+        let per_expert: Vec<f64> = prices.iter().map(|p| p * class.mib).collect();
+        let known = class.columns.iter().filter(fits).min_by(|a, b| a.found.seconds.total_cmp(&b.found.seconds));
+        let shared: Vec<u32> = max_held.iter().map(|m| (f64::from(*m) * share).floor() as u32).collect();
+        // With little room left a layer's own optimum is what fits, whatever the prices.
+        let last = vec![0.0; prices.len()];
+        let price = if k + 1 == open.len() { &last } else { &per_expert };
+        let mut best = class.counts.cheapest(price, &shared, known.map(|k| &k.found.point)).0;
+        if best.is_none() {
+            best = class.counts.cheapest(price, &max_held, None).0;
+        }
+        let Some(best) = best else { return Ok(None) };
+        for (f, n) in free.iter_mut().zip(class.counts.experts_in(&best.point, room.len())) {
+            *f -= f64::from(n) * class.mib;
+        }
+        layers[*i] = Some(best.point.placement(&problem.layers[*i].by_popularity));
+    }
+    let Some(layers) = layers.into_iter().collect() else { return Ok(None) };
+    let mut placement = Placement { layers };
+    polish::polish(problem, form, &mut placement);
+    Ok(crate::evaluate::usage(problem, &placement).is_ok().then_some(placement))
+}

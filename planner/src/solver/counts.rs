@@ -1,0 +1,390 @@
+//! Layers whose experts are all alike: only how many are in each tier matters.
+//!
+//! Experts of a layer have equal bytes. When nothing is known about their popularity they have equal activity too, and a layer's
+//! placement is a point of a lattice: counts per tier, and cache slots. [`CountLayer::cheapest`] finds the point with the least
+//! time plus price of memory, with proof: branch and bound over boxes of the lattice. Bounds of a box rest on two facts: a layer's
+//! time grows with every tier's count and falls with its slots, and it is at least the mean of any of its branches.
+
+use crate::evaluate::{Branches, LayerPlacement, Loads, Weights, expected_slowest};
+use crate::price::{Copies, LayerPrice};
+use crate::problem::Problem;
+use std::collections::BinaryHeap;
+
+/// Counts per tier and cache slots.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Point {
+    /// Experts per tier. `[tiers]`
+    pub counts: Vec<u32>,
+    /// Cache slots.
+    pub slots: u32,
+}
+
+impl Point {
+    /// The counts of a placement.
+    pub fn of(layer: &LayerPlacement, tiers: usize) -> Self {
+        let mut counts = vec![0; tiers];
+        for t in &layer.tier_of {
+            counts[usize::from(*t)] += 1;
+        }
+        Self { counts, slots: layer.slots }
+    }
+
+    /// A placement with these counts: the first experts of `order` in the first tier, and so on.
+    pub fn placement(&self, order: &[u32]) -> LayerPlacement {
+        let mut tier_of = vec![0_u8; order.len()];
+        let mut next = order.iter();
+        for (t, n) in self.counts.iter().enumerate() {
+            for e in next.by_ref().take(*n as usize) {
+                tier_of[*e as usize] = t as u8;
+            }
+        }
+        LayerPlacement { tier_of, slots: self.slots }
+    }
+}
+
+/// One MoE layer as counts see it.
+pub(super) struct CountLayer<'a> {
+    /// (weight, prices) of each phase of the objective.
+    form: Vec<(f64, &'a LayerPrice)>,
+    num_experts: u32,
+    num_links: usize,
+    /// Memory of each tier. `[tiers]`
+    home: Vec<usize>,
+    /// Memory of each tier's slots. `[tiers]`
+    through: Vec<Option<usize>>,
+}
+
+/// A point with its time.
+#[derive(Debug, Clone)]
+pub(super) struct Found {
+    pub point: Point,
+    pub seconds: f64,
+}
+
+/// Points with `lo <= counts <= hi` and `slots.0 <= slots <= slots.1`.
+#[derive(Debug, Clone)]
+struct Region {
+    bound: f64,
+    lo: Vec<u32>,
+    hi: Vec<u32>,
+    slots: (u32, u32),
+}
+
+impl PartialEq for Region {
+    fn eq(&self, o: &Self) -> bool {
+        self.bound == o.bound
+    }
+}
+impl Eq for Region {}
+impl PartialOrd for Region {
+    fn partial_cmp(&self, o: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(o))
+    }
+}
+impl Ord for Region {
+    /// The least bound is the greatest: a heap hands out the most promising region first.
+    fn cmp(&self, o: &Self) -> std::cmp::Ordering {
+        o.bound.total_cmp(&self.bound)
+    }
+}
+
+/// Regions looked at per search; the bound holds wherever the search stops.
+const MAX_REGIONS: usize = 60_000;
+/// A search ends when the best point is proven to be within this of the optimum.
+const CLOSE: f64 = 2e-5;
+
+impl<'a> CountLayer<'a> {
+    /// Layer `index`, or `None` when its experts differ in activity.
+    pub fn new(problem: &Problem<'_>, form: &Weights<'a>, index: usize) -> Option<Self> {
+        let form: Vec<_> = form.iter().map(|(w, table)| (*w, table.layer(index))).collect();
+        let alike = |p: &LayerPrice| p.scenarios.is_none() && p.active.windows(2).all(|a| a[0] == a[1]);
+        if !form.iter().all(|(_, p)| alike(p)) {
+            return None;
+        }
+        let links = form.iter().flat_map(|(_, p)| &p.tiers).map(|t| t.link + 1).max().unwrap_or(0);
+        Some(Self {
+            form,
+            num_experts: problem.layers[index].num_experts,
+            num_links: links,
+            home: problem.tiers.iter().map(|t| problem.memory_index(&t.memory)).collect(),
+            through: problem.tiers.iter().map(|t| t.through.as_deref().map(|m| problem.memory_index(m))).collect(),
+        })
+    }
+
+    /// Weighted seconds with these counts; they may be fewer than the layer's experts.
+    pub fn seconds(&self, counts: &[u32], slots: u32) -> f64 {
+        self.form
+            .iter()
+            .map(|(w, p)| w * (p.fixed_s + expected_slowest(p, &Loads::of_counts(p, counts, slots), self.num_links)))
+            .sum()
+    }
+
+    /// Experts that each memory holds, slots included. `[memories]`
+    pub fn experts_in(&self, point: &Point, memories: usize) -> Vec<u32> {
+        let mut experts = vec![0; memories];
+        let mut slots = None;
+        for (t, n) in point.counts.iter().enumerate() {
+            experts[self.home[t]] += n;
+            if *n > 0 {
+                slots = slots.or(self.through[t]);
+            }
+        }
+        if let Some(m) = slots {
+            experts[m] += point.slots;
+        }
+        experts
+    }
+
+    fn priced(&self, point: &Point, expert_price: &[f64]) -> f64 {
+        let held = self.experts_in(point, expert_price.len());
+        self.seconds(&point.counts, point.slots) + held.iter().zip(expert_price).map(|(n, p)| f64::from(*n) * p).sum::<f64>()
+    }
+
+    /// The point with the least seconds plus `expert_price` per expert held in each memory, and a lower bound of that value.
+    /// `start`, if given, is a good point to begin with. `max_held` is what a layer may hold at most, per memory.
+    pub fn cheapest(&self, expert_price: &[f64], max_held: &[u32], start: Option<&Point>) -> (Option<Found>, f64) {
+        let mut best: Option<(f64, Point)> = start.map(|p| (self.priced(p, expert_price), p.clone()));
+        let mut proven = f64::INFINITY;
+        let mut caches: Vec<Option<usize>> = vec![None];
+        caches.extend(self.through.iter().filter(|t| t.is_some()));
+        caches.dedup();
+        let mut seen: Vec<Option<usize>> = Vec::new();
+        for cache in caches {
+            if !seen.contains(&cache) {
+                seen.push(cache);
+                proven = proven.min(self.search(cache, expert_price, max_held, &mut best));
+            }
+        }
+        let best = best.map(|(_, point)| Found { seconds: self.seconds(&point.counts, point.slots), point });
+        (best, proven)
+    }
+
+    /// Searches the points whose slots, if any, are in memory `cache`; returns a lower bound over them.
+    fn search(
+        &self,
+        cache: Option<usize>,
+        expert_price: &[f64],
+        max_held: &[u32],
+        best: &mut Option<(f64, Point)>,
+    ) -> f64 {
+        let e = self.num_experts;
+        let hi: Vec<u32> = (0..self.home.len())
+            .map(|t| if self.through[t].is_none() || self.through[t] == cache { e.min(max_held[self.home[t]]) } else { 0 })
+            .collect();
+        let slots = cache.map_or((0, 0), |m| (1, e.min(max_held[m])));
+        if cache.is_some() && slots.1 == 0 {
+            return f64::INFINITY;
+        }
+        let weights = self.branch_weights(best.as_ref().map(|(_, p)| p));
+        let mut heap = BinaryHeap::new();
+        let mut root = Region { bound: 0.0, lo: vec![0; hi.len()], hi, slots };
+        if self.tighten(&mut root, cache) {
+            root.bound = self.bound(&root, cache, expert_price, &weights);
+            heap.push(root);
+        }
+        let mut looked_at = 0;
+        let mut floor = f64::INFINITY;
+        while let Some(region) = heap.pop() {
+            let target = best.as_ref().map_or(f64::INFINITY, |(v, _)| *v);
+            if region.bound >= target * (1.0 - CLOSE) || looked_at >= MAX_REGIONS {
+                // The heap is ordered: no other region is below this one.
+                floor = floor.min(region.bound);
+                break;
+            }
+            looked_at += 1;
+            self.try_middle(&region, cache, expert_price, max_held, best);
+            let Some(halves) = split(&region) else {
+                // A single point: its bound is its value.
+                floor = floor.min(region.bound);
+                continue;
+            };
+            for mut half in halves {
+                if self.tighten(&mut half, cache) {
+                    half.bound = self.bound(&half, cache, expert_price, &weights).max(region.bound);
+                    heap.push(half);
+                }
+            }
+        }
+        floor
+    }
+
+    /// Narrows a region to what can hold all experts; false when nothing can.
+    fn tighten(&self, r: &mut Region, cache: Option<usize>) -> bool {
+        let (lo, hi): (u32, u32) = (r.lo.iter().sum(), r.hi.iter().sum());
+        let e = self.num_experts;
+        if lo > e || hi < e {
+            return false;
+        }
+        for t in 0..r.lo.len() {
+            let (l, h) = (r.lo[t], r.hi[t]);
+            r.lo[t] = l.max(e.saturating_sub(hi - h));
+            r.hi[t] = h.min(e - (lo - l));
+        }
+        if cache.is_some() {
+            let cached: u32 = (0..r.hi.len()).filter(|t| self.through[*t].is_some()).map(|t| r.hi[t]).sum();
+            r.slots.1 = r.slots.1.min(cached);
+        }
+        r.slots.0 <= r.slots.1
+    }
+
+    /// A value that no point of the region is below.
+    fn bound(&self, r: &Region, cache: Option<usize>, expert_price: &[f64], weights: &[Vec<Vec<f64>>]) -> f64 {
+        let slot_price = cache.map_or(0.0, |m| expert_price[m]);
+        let rest = self.num_experts - r.lo.iter().sum::<u32>();
+        let price = |t: usize| expert_price[self.home[t]];
+        // What is surely there, and the rest for nothing but its memory.
+        let held: f64 = r.lo.iter().enumerate().map(|(t, n)| f64::from(*n) * price(t)).sum();
+        let open = (0..r.lo.len()).filter(|t| r.hi[*t] > r.lo[*t]).map(price).fold(f64::INFINITY, f64::min);
+        let open = if rest > 0 { f64::from(rest) * open } else { 0.0 };
+        let mut bound = self.seconds(&r.lo, r.slots.1) + held + open + f64::from(r.slots.0) * slot_price;
+        // Means of branches, weighted: linear in the counts, so filled from the cheapest tier up.
+        for w in weights {
+            let (mut constant, mut per_expert) = (0.0, vec![0.0; r.lo.len()]);
+            let mut miss_slope_s = 0.0;
+            for ((weight, p), w) in self.form.iter().zip(w) {
+                constant += weight * p.fixed_s;
+                let active = p.active.first().copied().unwrap_or(0.0);
+                let all_busy = -p.ln_idle.iter().sum::<f64>();
+                let chord = if all_busy > 0.0 { (1.0 - (-all_busy).exp()) / all_busy } else { 0.0 };
+                let ln_idle = p.ln_idle.first().copied().unwrap_or(0.0);
+                let mut cheapest_copy = f64::INFINITY;
+                for (t, tier) in p.tiers.iter().enumerate() {
+                    let sync = p.sync_s[tier.processor] * chord * -ln_idle;
+                    per_expert[t] += weight * w[tier.processor] * (active * tier.expert_s + sync);
+                    let on_link = weight * w[p.sync_s.len() + tier.link] * active * tier.copy_s;
+                    match tier.copies {
+                        Copies::Never => {}
+                        Copies::Always => per_expert[t] += on_link,
+                        Copies::Misses if r.hi[t] > 0 => cheapest_copy = cheapest_copy.min(on_link),
+                        Copies::Misses => {}
+                    }
+                }
+                // n m(s/n) is at least each of its tangent planes n (m - x m') + s m', taken in the middle of the region.
+                if cheapest_copy.is_finite() && cheapest_copy > 0.0 {
+                    let cached = |v: &[u32]| (0..v.len()).filter(|t| self.through[*t].is_some()).map(|t| v[t]).sum::<u32>();
+                    let n = f64::from(cached(&r.lo) + cached(&r.hi)) / 2.0;
+                    let x = (f64::from(r.slots.0 + r.slots.1) / 2.0 / n.max(1.0)).min(1.0);
+                    let at = p.misses.lines().iter().max_by(|a, b| (a.0 + a.1 * x).total_cmp(&(b.0 + b.1 * x)));
+                    if let Some((at_zero, slope)) = at
+                        && at_zero + slope * x > 0.0
+                    {
+                        for (t, through) in self.through.iter().enumerate() {
+                            if through.is_some() {
+                                per_expert[t] += cheapest_copy * at_zero;
+                            }
+                        }
+                        miss_slope_s += cheapest_copy * slope;
+                    }
+                }
+            }
+            let slots = if slot_price + miss_slope_s < 0.0 { r.slots.1 } else { r.slots.0 };
+            let mut value = constant + f64::from(slots) * (slot_price + miss_slope_s);
+            let mut order: Vec<(f64, usize)> = (0..r.lo.len()).map(|t| (per_expert[t] + price(t), t)).collect();
+            order.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let mut left = rest;
+            for (cost, t) in order {
+                let more = (r.hi[t] - r.lo[t]).min(left);
+                left -= more;
+                value += cost * f64::from(r.lo[t] + more);
+            }
+            bound = bound.max(value);
+        }
+        bound
+    }
+
+    /// Weights of branches, each summing to one per phase, with which mean times are mixed: every branch alone, and the mix that
+    /// balances the branches of a good point. `[mixes][phases][processors, links]`
+    fn branch_weights(&self, good: Option<&Point>) -> Vec<Vec<Vec<f64>>> {
+        let processors = self.form.first().map_or(0, |(_, p)| p.sync_s.len());
+        let n = processors + self.num_links;
+        let mut mixes = Vec::new();
+        let used: Vec<usize> = (0..n)
+            .filter(|b| {
+                self.form.iter().flat_map(|(_, p)| &p.tiers).any(|t| {
+                    t.processor == *b || (t.copies != Copies::Never && processors + t.link == *b)
+                })
+            })
+            .collect();
+        let unit = |b: usize| (0..n).map(|i| f64::from(u8::from(i == b))).collect::<Vec<f64>>();
+        for b in &used {
+            mixes.push(vec![unit(*b); self.form.len()]);
+        }
+        for (i, a) in used.iter().enumerate() {
+            for b in &used[i + 1..] {
+                for share in [0.1, 0.25, 0.5, 0.75, 0.9] {
+                    let mix: Vec<f64> = unit(*a).iter().zip(unit(*b)).map(|(x, y)| share * x + (1.0 - share) * y).collect();
+                    mixes.push(vec![mix; self.form.len()]);
+                }
+            }
+        }
+        if let Some(point) = good {
+            let mix = |p: &LayerPrice| {
+                let b = Branches::new(p, &Loads::of_counts(p, &point.counts, point.slots), self.num_links);
+                let all: Vec<f64> = b.iter().map(|b| b.seconds).collect();
+                let sum: f64 = all.iter().sum();
+                if sum > 0.0 { all.iter().map(|s| s / sum).collect() } else { unit(0) }
+            };
+            mixes.push(self.form.iter().map(|(_, p)| mix(p)).collect());
+        }
+        mixes
+    }
+
+    /// Tries a point in the middle of the region.
+    fn try_middle(
+        &self,
+        r: &Region,
+        cache: Option<usize>,
+        expert_price: &[f64],
+        max_held: &[u32],
+        best: &mut Option<(f64, Point)>,
+    ) {
+        let mut counts = r.lo.clone();
+        let mut left = self.num_experts - counts.iter().sum::<u32>();
+        let room: u32 = r.hi.iter().zip(&r.lo).map(|(h, l)| h - l).sum();
+        for t in 0..counts.len() {
+            let share = (u64::from(left) * u64::from(r.hi[t] - r.lo[t])).div_ceil(u64::from(room.max(1))) as u32;
+            let more = share.min(r.hi[t] - counts[t]).min(self.num_experts - counts.iter().sum::<u32>());
+            counts[t] += more;
+        }
+        left = self.num_experts - counts.iter().sum::<u32>();
+        for t in 0..counts.len() {
+            let more = (r.hi[t] - counts[t]).min(left);
+            counts[t] += more;
+            left -= more;
+        }
+        let cached: u32 = (0..counts.len()).filter(|t| self.through[*t].is_some()).map(|t| counts[t]).sum();
+        if left > 0 || (cache.is_none() && cached > 0) {
+            return;
+        }
+        let slots = if cached == 0 { 0 } else { ((r.slots.0 + r.slots.1) / 2).clamp(1, cached) };
+        let point = Point { counts, slots };
+        let held = self.experts_in(&point, expert_price.len());
+        if held.iter().zip(max_held).any(|(n, max)| n > max) {
+            return;
+        }
+        let value = self.priced(&point, expert_price);
+        if best.as_ref().is_none_or(|(v, _)| value < *v) {
+            *best = Some((value, point));
+        }
+    }
+}
+
+/// The two halves of a region along its longest side; `None` for a single point.
+fn split(r: &Region) -> Option<[Region; 2]> {
+    let width = |t: usize| r.hi[t] - r.lo[t];
+    let longest = (0..r.lo.len()).max_by_key(|t| width(*t))?;
+    let (mut low, mut high) = (r.clone(), r.clone());
+    if width(longest) >= r.slots.1 - r.slots.0 {
+        if width(longest) == 0 {
+            return None;
+        }
+        let middle = r.lo[longest] + width(longest) / 2;
+        low.hi[longest] = middle;
+        high.lo[longest] = middle + 1;
+    } else {
+        let middle = r.slots.0 + (r.slots.1 - r.slots.0) / 2;
+        low.slots.1 = middle;
+        high.slots.0 = middle + 1;
+    }
+    Some([low, high])
+}
