@@ -160,13 +160,7 @@ impl<'a> CountLayer<'a> {
     }
 
     /// Searches the points whose slots, if any, are in memory `cache`; returns a lower bound over them.
-    fn search(
-        &self,
-        cache: Option<usize>,
-        expert_price: &[f64],
-        max_held: &[u32],
-        best: &mut Option<(f64, Point)>,
-    ) -> f64 {
+    fn search(&self, cache: Option<usize>, expert_price: &[f64], max_held: &[u32], best: &mut Option<(f64, Point)>) -> f64 {
         let e = self.num_experts;
         let hi: Vec<u32> = (0..self.home.len())
             .map(|t| if self.through[t].is_none() || self.through[t] == cache { e.min(max_held[self.home[t]]) } else { 0 })
@@ -300,9 +294,10 @@ impl<'a> CountLayer<'a> {
         let mut mixes = Vec::new();
         let used: Vec<usize> = (0..n)
             .filter(|b| {
-                self.form.iter().flat_map(|(_, p)| &p.tiers).any(|t| {
-                    t.processor == *b || (t.copies != Copies::Never && processors + t.link == *b)
-                })
+                self.form
+                    .iter()
+                    .flat_map(|(_, p)| &p.tiers)
+                    .any(|t| t.processor == *b || (t.copies != Copies::Never && processors + t.link == *b))
             })
             .collect();
         let unit = |b: usize| (0..n).map(|i| f64::from(u8::from(i == b))).collect::<Vec<f64>>();
