@@ -10,6 +10,7 @@ use tierwise_cost::model::ModelSpec;
 use tierwise_cost::units::Bytes;
 use tierwise_planner::baselines::{best_whole_layers, compare, frequency_top_k, others, uniform_top_k, whole_layers};
 use tierwise_planner::evaluate::{LayerPlacement, Placement, Prices, step_seconds, usage};
+use tierwise_planner::explain::explain;
 use tierwise_planner::held_out::{
     Arrangement, Evidence, TraceOptions, held_out, placement_of, plan_from_evidence, replay_seconds,
 };
@@ -209,6 +210,7 @@ fn a_plan_from_a_trace_says_what_it_was_made_from() {
     assert!(plan.provenance.iter().any(|p| p.note.as_ref().is_some_and(|n| n.contains(&trace.fingerprint()))));
     let prices = Prices::new(&problem, &Roofline::default(), Case::Expected);
     assert!(near(replay_seconds(&prices.decode, &placement_of(&plan), &evidence.test), report.chosen_step_s));
+    assert!(explain(&plan).iter().any(|r| r.reason.contains("cached on the held-out part of the trace")));
     assert!(plan.lower_bound_s <= plan.objective_s);
     let other = Evidence::new(&tiny(24, 64, 4), 1, &trace, TraceOptions::default());
     assert!(other.unwrap_err().to_string().contains("4 of 64"));

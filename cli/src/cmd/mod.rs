@@ -8,6 +8,7 @@ mod inspect;
 mod logits;
 mod perplexity;
 pub mod plan;
+pub mod plan_trace;
 pub mod run;
 mod shell;
 mod synth;
