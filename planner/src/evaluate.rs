@@ -7,7 +7,7 @@
 //! least the maximum of the means, which is what lower bounds use.
 
 use crate::error::PlanError;
-use crate::price::{Case, Copies, LayerPrice, Phase, PriceTable};
+use crate::price::{Case, Copies, LayerPrice, Phase, PriceTable, TierPrice};
 use crate::problem::Problem;
 use crate::request::Objective;
 use tierwise_cost::cost::CostModel;
@@ -155,70 +155,110 @@ impl Branches {
 }
 
 /// Something that a step either uses or not, and what it costs when used.
-struct Event {
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Event {
     /// Probability that it is used.
-    used: f64,
-    /// Resource (processors first, then links) and seconds when used.
-    on: usize,
-    seconds: f64,
-    /// A processor that it slows down if that computes, and by how much.
-    slows: Option<(usize, f64)>,
+    pub used: f64,
+    /// Resource: processors first, then links.
+    pub on: usize,
+    /// Seconds on it when used.
+    pub seconds: f64,
+    /// A processor that it slows down if that computes, and by how many seconds when used.
+    pub slows: (usize, f64),
 }
 
 /// More events than this are not combined; those of the fastest tiers count with their means.
 const MAX_EVENTS: usize = 8;
 /// As good as always.
 const CERTAIN: f64 = 1.0 - 1e-9;
+/// Resources up to which nothing is allocated.
+const FEW: usize = 24;
 
 /// Expected time of the slowest resource in one layer: over all combinations of tiers and links being used or not, independently of
 /// each other, each taking its mean time given that it is used. Rarely used slow tiers thus cost what they cost when they are used;
 /// the maximum of the means would hide them. The value grows with the load of every tier and falls with the cache's slots, and it is
 /// at least the mean of any resource: bounds rely on both.
 pub fn expected_slowest(price: &LayerPrice, loads: &Loads, num_links: usize) -> f64 {
-    let processors = price.sync_s.len();
-    let mut base = vec![0.0; processors + num_links];
-    let mut computes = vec![false; processors];
-    let mut slowed = vec![0.0; processors];
-    let mut events: Vec<(f64, Event)> = Vec::new();
-    for (t, tier) in price.tiers.iter().enumerate().filter(|(t, _)| loads.count[*t] > 0) {
-        let used = 1.0 - f64::exp(loads.idle[t]);
-        if used > 0.0 {
-            let seconds = loads.mass[t] * tier.expert_s / used;
-            events.push((tier.expert_s, Event { used, on: tier.processor, seconds, slows: None }));
-        }
-        // Copies come one by one and independently: Poisson.
-        let used = 1.0 - f64::exp(-loads.copied[t]);
-        if used > 0.0 {
-            let when_used = loads.copied[t] / used;
-            let slows = tier.contends.map(|(p, s)| (p, s * when_used));
-            let seconds = when_used * tier.copy_s;
-            events.push((tier.copy_s, Event { used, on: processors + tier.link, seconds, slows }));
-        }
+    let mut events: Vec<Event> = Vec::with_capacity(2 * price.tiers.len());
+    for (t, copy) in slow_first(price) {
+        let tier = &price.tiers[t];
+        let event = match copy {
+            _ if loads.count[t] == 0 => continue,
+            false => computing(tier, loads.mass[t], loads.idle[t]),
+            true => copying(tier, loads.copied[t], price.sync_s.len()),
+        };
+        events.extend(event);
     }
-    // Which events are combined must not depend on the loads, or the value would jump: the slowest ones.
-    events.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let mut open: Vec<Event> = Vec::with_capacity(MAX_EVENTS);
-    for (i, (_, e)) in events.into_iter().enumerate() {
+    slowest_of(&events, &price.sync_s, price.sync_s.len() + num_links)
+}
+
+/// The tiers' events (tier, whether it is the copying), slowest per expert first. Which events are combined must not depend on the
+/// loads, or the value would jump.
+pub(crate) fn slow_first(price: &LayerPrice) -> Vec<(usize, bool)> {
+    let mut order: Vec<(usize, bool)> = (0..price.tiers.len()).flat_map(|t| [(t, false), (t, true)]).collect();
+    let seconds = |(t, copy): &(usize, bool)| if *copy { price.tiers[*t].copy_s } else { price.tiers[*t].expert_s };
+    order.sort_by(|a, b| seconds(b).total_cmp(&seconds(a)));
+    order.retain(|(t, copy)| !copy || price.tiers[*t].copies != Copies::Never);
+    order
+}
+
+/// Computing of a tier's experts: `mass` expected active ones, none with probability exp(`idle`).
+pub(crate) fn computing(tier: &TierPrice, mass: f64, idle: f64) -> Option<Event> {
+    let used = 1.0 - f64::exp(idle);
+    (used > 0.0).then(|| Event { used, on: tier.processor, seconds: mass * tier.expert_s / used, slows: (0, 0.0) })
+}
+
+/// Copying of a tier's experts, `copied` expected ones. Copies come one by one and independently: Poisson.
+pub(crate) fn copying(tier: &TierPrice, copied: f64, processors: usize) -> Option<Event> {
+    let used = 1.0 - f64::exp(-copied);
+    (used > 0.0).then(|| {
+        let when_used = copied / used;
+        let slows = tier.contends.map_or((0, 0.0), |(p, s)| (p, s * when_used));
+        Event { used, on: processors + tier.link, seconds: when_used * tier.copy_s, slows }
+    })
+}
+
+/// Expected time of the slowest resource under `events`, in the order of [`slow_first`].
+pub(crate) fn slowest_of(events: &[Event], sync_s: &[f64], resources: usize) -> f64 {
+    let processors = sync_s.len();
+    if resources > FEW {
+        let mut buffers = vec![0.0; 2 * resources + 2 * processors];
+        let mut busy = vec![false; 2 * processors];
+        return combine(events, sync_s, resources, &mut buffers, &mut busy);
+    }
+    combine(events, sync_s, resources, &mut [0.0; 4 * FEW], &mut [false; 2 * FEW])
+}
+
+fn combine(events: &[Event], sync_s: &[f64], resources: usize, buffers: &mut [f64], busy: &mut [bool]) -> f64 {
+    let processors = sync_s.len();
+    let (base, rest) = buffers.split_at_mut(resources);
+    let (time, rest) = rest.split_at_mut(resources);
+    let (base_slowed, rest) = rest.split_at_mut(processors);
+    let slowed = &mut rest[..processors];
+    let (base_busy, busy) = busy.split_at_mut(processors);
+    let busy = &mut busy[..processors];
+    let mut open = [Event::default(); MAX_EVENTS];
+    let mut num_open = 0;
+    for (i, e) in events.iter().enumerate() {
         if i < MAX_EVENTS && e.used < CERTAIN {
-            open.push(e);
+            open[num_open] = *e;
+            num_open += 1;
             continue;
         }
         base[e.on] += e.seconds * e.used;
         if e.on < processors {
-            computes[e.on] = true;
-        }
-        if let Some((p, s)) = e.slows {
-            slowed[p] += s * e.used;
+            base_busy[e.on] = true;
+        } else {
+            base_slowed[e.slows.0] += e.slows.1 * e.used;
         }
     }
     let mut expected = 0.0;
-    let (mut time, mut busy, mut slow) = (base.clone(), computes.clone(), slowed.clone());
-    for state in 0..1_u32 << open.len() {
-        time.copy_from_slice(&base);
-        busy.copy_from_slice(&computes);
-        slow.copy_from_slice(&slowed);
+    for state in 0..1_u32 << num_open {
+        time.copy_from_slice(base);
+        busy.copy_from_slice(base_busy);
+        slowed.copy_from_slice(base_slowed);
         let mut probability = 1.0;
-        for (i, e) in open.iter().enumerate() {
+        for (i, e) in open[..num_open].iter().enumerate() {
             if state >> i & 1 == 0 {
                 probability *= 1.0 - e.used;
                 continue;
@@ -227,15 +267,20 @@ pub fn expected_slowest(price: &LayerPrice, loads: &Loads, num_links: usize) -> 
             time[e.on] += e.seconds;
             if e.on < processors {
                 busy[e.on] = true;
-            }
-            if let Some((p, s)) = e.slows {
-                slow[p] += s;
+            } else {
+                slowed[e.slows.0] += e.slows.1;
             }
         }
-        for p in (0..processors).filter(|p| busy[*p]) {
-            time[p] += price.sync_s[p] + slow[p];
+        let mut slowest = 0.0_f64;
+        for p in 0..processors {
+            if busy[p] {
+                slowest = slowest.max(time[p] + sync_s[p] + slowed[p]);
+            }
         }
-        expected += probability * time.iter().copied().fold(0.0, f64::max);
+        for link in &time[processors..] {
+            slowest = slowest.max(*link);
+        }
+        expected += probability * slowest;
     }
     expected
 }

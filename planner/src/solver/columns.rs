@@ -6,7 +6,7 @@
 //! price of all room is a lower bound on every placement (Lagrange). At the end the fractions are rounded and single layers are
 //! improved within the room that is left.
 
-use super::counts::{CountLayer, Found, Point};
+use super::counts::{CountLayer, Effort, Found, Point};
 use super::polish;
 use crate::error::PlanError;
 use crate::evaluate::{LayerPlacement, Placement, Weights};
@@ -19,7 +19,11 @@ pub const METHOD: &str = "Lagrangian over whole placements of layers (column gen
 /// Rounds of column generation at most; the bound holds after each.
 const MAX_ROUNDS: usize = 60;
 /// Column generation ends when fractions of columns are this close to the bound.
-const CLOSE: f64 = 5e-5;
+const CLOSE: f64 = 1e-4;
+/// Regions that one search of column generation looks at.
+const MAX_REGIONS: usize = 25_000;
+/// Effort for a single layer left over by rounding.
+const LEFTOVER: Effort = Effort { close: 1e-3, max_regions: 4_000 };
 /// Times in the programs are in microseconds, sizes in MiB: coefficients of similar size keep the simplex method stable.
 const MICRO: f64 = 1e6;
 const MIB: f64 = 1_048_576.0;
@@ -68,27 +72,45 @@ pub(super) fn solve(problem: &Problem<'_>, form: &Weights<'_>, starts: &[Placeme
     let mut bound = f64::NEG_INFINITY;
     let mut prices = vec![0.0; memories];
     let mut wanted = vec![0.0; memories];
+    let mut gap = 1.0;
     for _ in 0..MAX_ROUNDS {
         let (value, duals) = master_dual(&classes, &room)?;
+        // Far from the end a rough search is enough.
+        let close = (gap * 0.05_f64).clamp(CLOSE, 1e-2);
+        let effort = Effort { close, max_regions: MAX_REGIONS };
         let mut lagrangian = -duals.iter().zip(&room).map(|(p, r)| p * r).sum::<f64>();
         let mut added = false;
-        for class in &mut classes {
-            let per_expert: Vec<f64> = duals.iter().map(|p| p * class.mib).collect();
-            let max_held: Vec<u32> = room.iter().map(|r| (r / class.mib).floor().min(f64::from(u32::MAX)) as u32).collect();
-            let start = class.cheapest(&duals).cloned();
-            let (found, lowest) = class.counts.cheapest(&per_expert, &max_held, start.as_ref());
+        let mut searched: Vec<(usize, Option<Point>, f64)> = Vec::new();
+        for c in 0..classes.len() {
+            let known = searched.iter().find_map(|(other, point, lowest)| {
+                let same_size = classes[*other].mib == classes[c].mib;
+                let more = classes[c].counts.differs_only_by(&classes[*other].counts).filter(|_| same_size)?;
+                Some((point.clone(), lowest + more))
+            });
+            let class = &classes[c];
+            let (point, lowest) = known.unwrap_or_else(|| {
+                let per_expert: Vec<f64> = duals.iter().map(|p| p * class.mib).collect();
+                let max_held: Vec<u32> = room.iter().map(|r| (r / class.mib).floor().min(f64::from(u32::MAX)) as u32).collect();
+                let (found, lowest) = class.counts.cheapest(&per_expert, &max_held, class.cheapest(&duals), effort);
+                (found.map(|f| f.point), lowest)
+            });
             lagrangian += class.layers.len() as f64 * lowest;
-            if let Some(found) = found {
-                added |= class.add(found.point, memories);
+            if let Some(point) = point.clone() {
+                added |= classes[c].add(point, memories);
             }
+            searched.push((c, point, lowest));
         }
         if lagrangian > bound {
             bound = lagrangian;
             prices.clone_from(&duals);
         }
         wanted = duals;
-        if !added || value - bound <= CLOSE * value.abs() {
+        gap = (value - bound) / value.abs().max(f64::MIN_POSITIVE);
+        if gap <= 2.0 * CLOSE || (!added && close <= CLOSE) {
             break;
+        }
+        if !added {
+            gap = 0.0;
         }
     }
     if prices.iter().all(|p| *p == 0.0) {
@@ -235,9 +257,9 @@ fn round(
         // With little room left a layer's own optimum is what fits, whatever the prices.
         let last = vec![0.0; prices.len()];
         let price = if k + 1 == open.len() { &last } else { &per_expert };
-        let mut best = class.counts.cheapest(price, &shared, known.map(|k| &k.found.point)).0;
+        let mut best = class.counts.cheapest(price, &shared, known.map(|k| &k.found.point), LEFTOVER).0;
         if best.is_none() {
-            best = class.counts.cheapest(price, &max_held, None).0;
+            best = class.counts.cheapest(price, &max_held, None, LEFTOVER).0;
         }
         let Some(best) = best else { return Ok(None) };
         for (f, n) in free.iter_mut().zip(class.counts.experts_in(&best.point, room.len())) {

@@ -5,7 +5,7 @@
 //! time plus price of memory, with proof: branch and bound over boxes of the lattice. Bounds of a box rest on two facts: a layer's
 //! time grows with every tier's count and falls with its slots, and it is at least the mean of any of its branches.
 
-use crate::evaluate::{Branches, LayerPlacement, Loads, Weights, expected_slowest};
+use crate::evaluate::{Branches, Event, LayerPlacement, Loads, Weights, computing, copying, slow_first, slowest_of};
 use crate::price::{Copies, LayerPrice};
 use crate::problem::Problem;
 use std::collections::BinaryHeap;
@@ -46,12 +46,23 @@ impl Point {
 pub(super) struct CountLayer<'a> {
     /// (weight, prices) of each phase of the objective.
     form: Vec<(f64, &'a LayerPrice)>,
+    /// Order of the events of each phase, as the judge has it.
+    order: Vec<Vec<(usize, bool)>>,
     num_experts: u32,
     num_links: usize,
     /// Memory of each tier. `[tiers]`
     home: Vec<usize>,
     /// Memory of each tier's slots. `[tiers]`
     through: Vec<Option<usize>>,
+}
+
+/// When a search ends; its bound holds wherever that is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Effort {
+    /// When the best point is proven to be within this of the optimum, relatively.
+    pub close: f64,
+    /// After this many regions.
+    pub max_regions: usize,
 }
 
 /// A point with its time.
@@ -88,21 +99,29 @@ impl Ord for Region {
     }
 }
 
-/// Regions looked at per search; the bound holds wherever the search stops.
-const MAX_REGIONS: usize = 60_000;
-/// A search ends when the best point is proven to be within this of the optimum.
-const CLOSE: f64 = 2e-5;
+/// A weighted mean of branches: linear in the counts but for misses.
+struct Mix {
+    constant: f64,
+    /// Seconds per expert in each tier, without copies of misses. `[tiers]`
+    per_expert: Vec<f64>,
+    /// Seconds per expert that misses, at least. `[phases]`
+    per_copy: Vec<f64>,
+}
+
+/// Events of more tiers than this are not searched.
+const MAX_TIERS: usize = 64;
 
 impl<'a> CountLayer<'a> {
     /// Layer `index`, or `None` when its experts differ in activity.
     pub fn new(problem: &Problem<'_>, form: &Weights<'a>, index: usize) -> Option<Self> {
         let form: Vec<_> = form.iter().map(|(w, table)| (*w, table.layer(index))).collect();
         let alike = |p: &LayerPrice| p.scenarios.is_none() && p.active.windows(2).all(|a| a[0] == a[1]);
-        if !form.iter().all(|(_, p)| alike(p)) {
+        if problem.tiers.len() * 2 > MAX_TIERS || !form.iter().all(|(_, p)| alike(p)) {
             return None;
         }
         let links = form.iter().flat_map(|(_, p)| &p.tiers).map(|t| t.link + 1).max().unwrap_or(0);
         Some(Self {
+            order: form.iter().map(|(_, p)| slow_first(p)).collect(),
             form,
             num_experts: problem.layers[index].num_experts,
             num_links: links,
@@ -111,12 +130,40 @@ impl<'a> CountLayer<'a> {
         })
     }
 
-    /// Weighted seconds with these counts; they may be fewer than the layer's experts.
+    /// The layers differ in nothing that depends on the placement; then the difference in seconds.
+    pub fn differs_only_by(&self, other: &Self) -> Option<f64> {
+        let same = |a: &LayerPrice, b: &LayerPrice| LayerPrice { fixed_s: 0.0, ..a.clone() } == LayerPrice { fixed_s: 0.0, ..b.clone() };
+        let alike = self.num_experts == other.num_experts && self.form.iter().zip(&other.form).all(|(a, b)| same(a.1, b.1));
+        let fixed = |c: &Self| c.form.iter().map(|(w, p)| w * p.fixed_s).sum::<f64>();
+        alike.then(|| fixed(self) - fixed(other))
+    }
+
+    /// Weighted seconds with these counts; they may be fewer than the layer's experts. The judge's own arithmetic
+    /// ([`crate::evaluate::expected_slowest`]) without its lists.
     pub fn seconds(&self, counts: &[u32], slots: u32) -> f64 {
-        self.form
-            .iter()
-            .map(|(w, p)| w * (p.fixed_s + expected_slowest(p, &Loads::of_counts(p, counts, slots), self.num_links)))
-            .sum()
+        let mut events = [Event::default(); MAX_TIERS];
+        let mut total = 0.0;
+        for ((weight, p), order) in self.form.iter().zip(&self.order) {
+            let (active, ln_idle) =
+                (p.active.first().copied().unwrap_or(0.0), p.ln_idle.first().copied().unwrap_or(0.0));
+            let cached = (0..counts.len()).filter(|t| p.tiers[*t].copies == Copies::Misses).map(|t| counts[t]).sum();
+            let miss_rate = p.misses.miss_rate(slots, cached);
+            let mut n = 0;
+            for (t, copy) in order.iter().filter(|(t, _)| counts[*t] > 0) {
+                let (tier, count) = (&p.tiers[*t], f64::from(counts[*t]));
+                let copied = if tier.copies == Copies::Misses { active * count * miss_rate } else { active * count };
+                let event = match copy {
+                    false => computing(tier, active * count, ln_idle * count),
+                    true => copying(tier, copied, p.sync_s.len()),
+                };
+                if let Some(event) = event {
+                    events[n] = event;
+                    n += 1;
+                }
+            }
+            total += weight * (p.fixed_s + slowest_of(&events[..n], &p.sync_s, p.sync_s.len() + self.num_links));
+        }
+        total
     }
 
     /// Experts that each memory holds, slots included. `[memories]`
@@ -141,8 +188,9 @@ impl<'a> CountLayer<'a> {
     }
 
     /// The point with the least seconds plus `expert_price` per expert held in each memory, and a lower bound of that value.
-    /// `start`, if given, is a good point to begin with. `max_held` is what a layer may hold at most, per memory.
-    pub fn cheapest(&self, expert_price: &[f64], max_held: &[u32], start: Option<&Point>) -> (Option<Found>, f64) {
+    /// `start`, if given, is a good point to begin with; `max_held` is what a layer may hold at most, per memory; the search ends
+    /// as `effort` says.
+    pub fn cheapest(&self, expert_price: &[f64], max_held: &[u32], start: Option<&Point>, effort: Effort) -> (Option<Found>, f64) {
         let mut best: Option<(f64, Point)> = start.map(|p| (self.priced(p, expert_price), p.clone()));
         let mut proven = f64::INFINITY;
         let mut caches: Vec<Option<usize>> = vec![None];
@@ -152,7 +200,7 @@ impl<'a> CountLayer<'a> {
         for cache in caches {
             if !seen.contains(&cache) {
                 seen.push(cache);
-                proven = proven.min(self.search(cache, expert_price, max_held, &mut best));
+                proven = proven.min(self.search(cache, expert_price, max_held, effort, &mut best));
             }
         }
         let best = best.map(|(_, point)| Found { seconds: self.seconds(&point.counts, point.slots), point });
@@ -160,7 +208,14 @@ impl<'a> CountLayer<'a> {
     }
 
     /// Searches the points whose slots, if any, are in memory `cache`; returns a lower bound over them.
-    fn search(&self, cache: Option<usize>, expert_price: &[f64], max_held: &[u32], best: &mut Option<(f64, Point)>) -> f64 {
+    fn search(
+        &self,
+        cache: Option<usize>,
+        expert_price: &[f64],
+        max_held: &[u32],
+        effort: Effort,
+        best: &mut Option<(f64, Point)>,
+    ) -> f64 {
         let e = self.num_experts;
         let hi: Vec<u32> = (0..self.home.len())
             .map(|t| if self.through[t].is_none() || self.through[t] == cache { e.min(max_held[self.home[t]]) } else { 0 })
@@ -169,18 +224,18 @@ impl<'a> CountLayer<'a> {
         if cache.is_some() && slots.1 == 0 {
             return f64::INFINITY;
         }
-        let weights = self.branch_weights(best.as_ref().map(|(_, p)| p));
+        let mut mixes = self.mixes(cache, best.as_ref().map(|(_, p)| p));
+        let target = |best: &Option<(f64, Point)>| best.as_ref().map_or(f64::INFINITY, |(v, _)| v * (1.0 - effort.close));
         let mut heap = BinaryHeap::new();
         let mut root = Region { bound: 0.0, lo: vec![0; hi.len()], hi, slots };
         if self.tighten(&mut root, cache) {
-            root.bound = self.bound(&root, cache, expert_price, &weights);
+            root.bound = self.bound(&root, cache, expert_price, &mut mixes, target(best));
             heap.push(root);
         }
         let mut looked_at = 0;
         let mut floor = f64::INFINITY;
         while let Some(region) = heap.pop() {
-            let target = best.as_ref().map_or(f64::INFINITY, |(v, _)| *v);
-            if region.bound >= target * (1.0 - CLOSE) || looked_at >= MAX_REGIONS {
+            if region.bound >= target(best) || looked_at >= effort.max_regions {
                 // The heap is ordered: no other region is below this one.
                 floor = floor.min(region.bound);
                 break;
@@ -194,8 +249,12 @@ impl<'a> CountLayer<'a> {
             };
             for mut half in halves {
                 if self.tighten(&mut half, cache) {
-                    half.bound = self.bound(&half, cache, expert_price, &weights).max(region.bound);
-                    heap.push(half);
+                    half.bound = self.bound(&half, cache, expert_price, &mut mixes, target(best)).max(region.bound);
+                    if half.bound >= target(best) {
+                        floor = floor.min(half.bound);
+                    } else {
+                        heap.push(half);
+                    }
                 }
             }
         }
@@ -221,97 +280,79 @@ impl<'a> CountLayer<'a> {
         r.slots.0 <= r.slots.1
     }
 
-    /// A value that no point of the region is below.
-    fn bound(&self, r: &Region, cache: Option<usize>, expert_price: &[f64], weights: &[Vec<Vec<f64>>]) -> f64 {
+    /// A value that no point of the region is below; not computed further once it reaches `enough`.
+    fn bound(&self, r: &Region, cache: Option<usize>, expert_price: &[f64], mixes: &mut [Mix], enough: f64) -> f64 {
         let slot_price = cache.map_or(0.0, |m| expert_price[m]);
         let rest = self.num_experts - r.lo.iter().sum::<u32>();
-        let price = |t: usize| expert_price[self.home[t]];
+        let mut bound: f64 = 0.0;
+        // Means of branches, mixed: linear in the counts, so filled from the cheapest tier up.
+        let cached = |v: &[u32]| (0..v.len()).filter(|t| self.through[*t].is_some()).map(|t| v[t]).sum::<u32>();
+        let middle = f64::from(cached(&r.lo) + cached(&r.hi)) / 2.0;
+        let x = (f64::from(r.slots.0 + r.slots.1) / 2.0 / middle.max(1.0)).min(1.0);
+        let mut costs = [0.0; MAX_TIERS];
+        let costs = &mut costs[..r.lo.len()];
+        for i in 0..mixes.len() {
+            let mix = &mixes[i];
+            costs.copy_from_slice(&mix.per_expert);
+            let mut per_slot = slot_price;
+            // n m(s/n) is at least each of its tangent planes n (m - x m') + s m', taken in the middle of the region.
+            for ((_, p), copy_s) in self.form.iter().zip(&mix.per_copy).filter(|(_, c)| **c > 0.0) {
+                let at = p.misses.lines().iter().max_by(|a, b| (a.0 + a.1 * x).total_cmp(&(b.0 + b.1 * x)));
+                if let Some((at_zero, slope)) = at
+                    && at_zero + slope * x > 0.0
+                {
+                    for (cost, _) in costs.iter_mut().zip(&self.through).filter(|(_, t)| t.is_some()) {
+                        *cost += copy_s * at_zero;
+                    }
+                    per_slot += copy_s * slope;
+                }
+            }
+            let slots = if per_slot < 0.0 { r.slots.1 } else { r.slots.0 };
+            let mut value = mix.constant + f64::from(slots) * per_slot;
+            for (t, cost) in costs.iter_mut().enumerate() {
+                *cost += expert_price[self.home[t]];
+                value += *cost * f64::from(r.lo[t]);
+            }
+            let mut left = rest;
+            while left > 0 {
+                let cheapest = (0..costs.len())
+                    .filter(|t| r.hi[*t] > r.lo[*t] && costs[*t].is_finite())
+                    .min_by(|a, b| costs[*a].total_cmp(&costs[*b]));
+                let Some(t) = cheapest else { break };
+                let more = (r.hi[t] - r.lo[t]).min(left);
+                left -= more;
+                value += costs[t] * f64::from(more);
+                costs[t] = f64::INFINITY;
+            }
+            bound = bound.max(value);
+            if bound >= enough {
+                // What helped here will help its neighbours.
+                mixes[..=i].rotate_right(1);
+                return bound;
+            }
+        }
         // What is surely there, and the rest for nothing but its memory.
+        let price = |t: usize| expert_price[self.home[t]];
         let held: f64 = r.lo.iter().enumerate().map(|(t, n)| f64::from(*n) * price(t)).sum();
         let open = (0..r.lo.len()).filter(|t| r.hi[*t] > r.lo[*t]).map(price).fold(f64::INFINITY, f64::min);
         let open = if rest > 0 { f64::from(rest) * open } else { 0.0 };
-        let mut bound = self.seconds(&r.lo, r.slots.1) + held + open + f64::from(r.slots.0) * slot_price;
-        // Means of branches, weighted: linear in the counts, so filled from the cheapest tier up.
-        for w in weights {
-            let (mut constant, mut per_expert) = (0.0, vec![0.0; r.lo.len()]);
-            let mut miss_slope_s = 0.0;
-            for ((weight, p), w) in self.form.iter().zip(w) {
-                constant += weight * p.fixed_s;
-                let active = p.active.first().copied().unwrap_or(0.0);
-                let all_busy = -p.ln_idle.iter().sum::<f64>();
-                let chord = if all_busy > 0.0 { (1.0 - (-all_busy).exp()) / all_busy } else { 0.0 };
-                let ln_idle = p.ln_idle.first().copied().unwrap_or(0.0);
-                let mut cheapest_copy = f64::INFINITY;
-                for (t, tier) in p.tiers.iter().enumerate() {
-                    let sync = p.sync_s[tier.processor] * chord * -ln_idle;
-                    per_expert[t] += weight * w[tier.processor] * (active * tier.expert_s + sync);
-                    let on_link = weight * w[p.sync_s.len() + tier.link] * active * tier.copy_s;
-                    match tier.copies {
-                        Copies::Never => {}
-                        Copies::Always => per_expert[t] += on_link,
-                        Copies::Misses if r.hi[t] > 0 => cheapest_copy = cheapest_copy.min(on_link),
-                        Copies::Misses => {}
-                    }
-                }
-                // n m(s/n) is at least each of its tangent planes n (m - x m') + s m', taken in the middle of the region.
-                if cheapest_copy.is_finite() && cheapest_copy > 0.0 {
-                    let cached = |v: &[u32]| (0..v.len()).filter(|t| self.through[*t].is_some()).map(|t| v[t]).sum::<u32>();
-                    let n = f64::from(cached(&r.lo) + cached(&r.hi)) / 2.0;
-                    let x = (f64::from(r.slots.0 + r.slots.1) / 2.0 / n.max(1.0)).min(1.0);
-                    let at = p.misses.lines().iter().max_by(|a, b| (a.0 + a.1 * x).total_cmp(&(b.0 + b.1 * x)));
-                    if let Some((at_zero, slope)) = at
-                        && at_zero + slope * x > 0.0
-                    {
-                        for (t, through) in self.through.iter().enumerate() {
-                            if through.is_some() {
-                                per_expert[t] += cheapest_copy * at_zero;
-                            }
-                        }
-                        miss_slope_s += cheapest_copy * slope;
-                    }
-                }
-            }
-            let slots = if slot_price + miss_slope_s < 0.0 { r.slots.1 } else { r.slots.0 };
-            let mut value = constant + f64::from(slots) * (slot_price + miss_slope_s);
-            let mut order: Vec<(f64, usize)> = (0..r.lo.len()).map(|t| (per_expert[t] + price(t), t)).collect();
-            order.sort_by(|a, b| a.0.total_cmp(&b.0));
-            let mut left = rest;
-            for (cost, t) in order {
-                let more = (r.hi[t] - r.lo[t]).min(left);
-                left -= more;
-                value += cost * f64::from(r.lo[t] + more);
-            }
-            bound = bound.max(value);
-        }
-        bound
+        bound.max(self.seconds(&r.lo, r.slots.1) + held + open + f64::from(r.slots.0) * slot_price)
     }
 
-    /// Weights of branches, each summing to one per phase, with which mean times are mixed: every branch alone, and the mix that
-    /// balances the branches of a good point. `[mixes][phases][processors, links]`
-    fn branch_weights(&self, good: Option<&Point>) -> Vec<Vec<Vec<f64>>> {
+    /// Mixes of branches, each summing to one per phase: every branch alone, pairs, and what balances the branches of a good point.
+    /// The mean of a mix is at most the slowest branch's expected time.
+    fn mixes(&self, cache: Option<usize>, good: Option<&Point>) -> Vec<Mix> {
         let processors = self.form.first().map_or(0, |(_, p)| p.sync_s.len());
         let n = processors + self.num_links;
-        let mut mixes = Vec::new();
-        let used: Vec<usize> = (0..n)
-            .filter(|b| {
-                self.form
-                    .iter()
-                    .flat_map(|(_, p)| &p.tiers)
-                    .any(|t| t.processor == *b || (t.copies != Copies::Never && processors + t.link == *b))
+        let uses = |b: usize| {
+            let tiers = self.form.iter().flat_map(|(_, p)| p.tiers.iter().enumerate());
+            tiers.filter(|(t, _)| self.through[*t].is_none() || self.through[*t] == cache).any(|(_, t)| {
+                t.processor == b || (t.copies != Copies::Never && processors + t.link == b)
             })
-            .collect();
+        };
+        let used: Vec<usize> = (0..n).filter(|b| uses(*b)).collect();
         let unit = |b: usize| (0..n).map(|i| f64::from(u8::from(i == b))).collect::<Vec<f64>>();
-        for b in &used {
-            mixes.push(vec![unit(*b); self.form.len()]);
-        }
-        for (i, a) in used.iter().enumerate() {
-            for b in &used[i + 1..] {
-                for share in [0.1, 0.25, 0.5, 0.75, 0.9] {
-                    let mix: Vec<f64> = unit(*a).iter().zip(unit(*b)).map(|(x, y)| share * x + (1.0 - share) * y).collect();
-                    mixes.push(vec![mix; self.form.len()]);
-                }
-            }
-        }
+        let mut mixes = Vec::new();
         if let Some(point) = good {
             let mix = |p: &LayerPrice| {
                 let b = Branches::new(p, &Loads::of_counts(p, &point.counts, point.slots), self.num_links);
@@ -321,7 +362,43 @@ impl<'a> CountLayer<'a> {
             };
             mixes.push(self.form.iter().map(|(_, p)| mix(p)).collect());
         }
-        mixes
+        for (i, a) in used.iter().enumerate() {
+            mixes.push(vec![unit(*a); self.form.len()]);
+            for b in &used[i + 1..] {
+                for share in [0.1, 0.25, 0.5, 0.75, 0.9] {
+                    let mix: Vec<f64> = unit(*a).iter().zip(unit(*b)).map(|(x, y)| share * x + (1.0 - share) * y).collect();
+                    mixes.push(vec![mix; self.form.len()]);
+                }
+            }
+        }
+        mixes.into_iter().map(|weights| self.mix(cache, &weights)).collect()
+    }
+
+    /// The mean time of a mix of branches. `weights`: `[phases][processors, links]`
+    fn mix(&self, cache: Option<usize>, weights: &[Vec<f64>]) -> Mix {
+        let mut mix = Mix { constant: 0.0, per_expert: vec![0.0; self.home.len()], per_copy: Vec::new() };
+        for ((weight, p), w) in self.form.iter().zip(weights) {
+            mix.constant += weight * p.fixed_s;
+            let active = p.active.first().copied().unwrap_or(0.0);
+            let ln_idle = p.ln_idle.first().copied().unwrap_or(0.0);
+            // A round trip is paid with probability 1 - exp(n ln_idle): concave in n, so at least its chord.
+            let all_busy = -p.ln_idle.iter().sum::<f64>();
+            let chord = if all_busy > 0.0 { (1.0 - (-all_busy).exp()) / all_busy } else { 0.0 };
+            let mut per_copy = f64::INFINITY;
+            for (t, tier) in p.tiers.iter().enumerate() {
+                let sync = p.sync_s[tier.processor] * chord * -ln_idle;
+                mix.per_expert[t] += weight * w[tier.processor] * (active * tier.expert_s + sync);
+                let copy_s = weight * w[p.sync_s.len() + tier.link] * active * tier.copy_s;
+                match tier.copies {
+                    Copies::Never => {}
+                    Copies::Always => mix.per_expert[t] += copy_s,
+                    Copies::Misses if self.through[t] == cache => per_copy = per_copy.min(copy_s),
+                    Copies::Misses => {}
+                }
+            }
+            mix.per_copy.push(if per_copy.is_finite() { per_copy } else { 0.0 });
+        }
+        mix
     }
 
     /// Tries a point in the middle of the region.
