@@ -16,23 +16,9 @@ fn main() {
             for kind in [SolverKind::Greedy, SolverKind::Local] {
                 let request = Request { limits: Limits::default(), batch: args[3].parse().unwrap(), ..Request::default() };
                 let t = Instant::now();
-                let problem = match Problem::new(&spec, &machine, request) {
-                    Ok(p) => p,
-                    Err(e) => {
-                        println!("{name} {m}: {e}");
-                        continue;
-                    }
-                };
+                let problem = match Problem::new(&spec, &machine, request) { Ok(p) => p, Err(e) => { println!("{name} {m}: {e}"); continue } };
                 match make_plan(&problem, &Roofline::default(), kind) {
-                    Ok(p) => println!(
-                        "{name:22} {m:28} {kind:?} tiers {} obj {:.4} ms bound {:.4} gap {:.3} %  {:.2} s {}",
-                        p.tiers.len(),
-                        p.objective_s * 1e3,
-                        p.lower_bound_s * 1e3,
-                        p.gap * 100.0,
-                        t.elapsed().as_secs_f64(),
-                        p.solver_reason
-                    ),
+                    Ok(p) => println!("{name:22} {m:28} {kind:?} tiers {} obj {:.4} ms bound {:.4} gap {:.3} %  {:.2} s {}", p.tiers.len(), p.objective_s*1e3, p.lower_bound_s*1e3, p.gap*100.0, t.elapsed().as_secs_f64(), p.solver_reason),
                     Err(e) => println!("{name} {m}: {e}"),
                 }
             }

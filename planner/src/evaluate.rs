@@ -292,7 +292,9 @@ pub fn layer_seconds(table: &PriceTable, index: usize, placement: &LayerPlacemen
     price.fixed_s
         + match &price.scenarios {
             None => slowest(&Loads::new(price, placement)),
-            Some(steps) => steps.iter().map(|s| slowest(&Loads::of_step(price, placement, s))).sum::<f64>() / steps.len() as f64,
+            Some(steps) => {
+                steps.iter().map(|s| slowest(&Loads::of_step(price, placement, s))).sum::<f64>() / steps.len() as f64
+            }
         }
 }
 

@@ -86,8 +86,7 @@ impl<'a> Problem<'a> {
         }
         let mut tiers = tiers(machine, &main, &capacity);
         drop_needless_disk(machine, &layers, &room, total, &mut tiers);
-        let problem =
-            Self { spec, machine, request, main, tiers, layers, capacity, fixed, room, scenarios: None, miss_curves: None };
+        let problem = Self { spec, machine, request, main, tiers, layers, capacity, fixed, room, scenarios: None, miss_curves: None };
         problem.check_total(total)?;
         Ok(problem)
     }

@@ -41,11 +41,7 @@ impl std::str::FromStr for SolverKind {
             "greedy" => Ok(Self::Greedy),
             "local" => Ok(Self::Local),
             "exhaustive" => Ok(Self::Exhaustive),
-            _ => Err(PlanError::BadRequest {
-                field: "solver",
-                found: s.into(),
-                expected: "auto, greedy, local or exhaustive".into(),
-            }),
+            _ => Err(PlanError::BadRequest { field: "solver", found: s.into(), expected: "auto, greedy, local or exhaustive".into() }),
         }
     }
 }
