@@ -2,7 +2,8 @@
 //!
 //! Decode step = other + sum over MoE layers of [fixed + E max(GPU branch, CPU branch, link branch)]; a processor's branch is the
 //! time of its active experts, plus what copies from its memory take from it, plus one round trip if it is not the main one and any
-//! of its experts is active (algorithms §1). With sampled steps of a trace the expectation is their mean (sample average, §2); without,
+//! of its experts is active (algorithms §1). With sampled steps of a trace the expectation is their mean (sample average, §2), misses being
+//! sampled too; without,
 //! tiers and links are idle or take their mean time given that they are used, independently ([`expected_slowest`]). Either is at
 //! least the maximum of the means, which is what lower bounds use.
 
@@ -56,23 +57,6 @@ impl Loads {
         let cached = (0..n).filter(|t| price.tiers[*t].copies == Copies::Misses).map(|t| loads.count[t]).sum();
         let miss_rate = price.misses.miss_rate(placement.slots, cached);
         loads.copy(price, miss_rate);
-        loads
-    }
-
-    /// Loads of one sampled step, in which the experts of `step` are active.
-    pub fn of_step(price: &LayerPrice, placement: &LayerPlacement, step: &[u16]) -> Self {
-        let n = price.tiers.len();
-        let mut loads = Self { count: vec![0; n], mass: vec![0.0; n], copied: vec![0.0; n], idle: vec![0.0; n] };
-        for tier in &placement.tier_of {
-            loads.count[usize::from(*tier)] += 1;
-        }
-        for expert in step {
-            let t = usize::from(placement.tier_of[usize::from(*expert)]);
-            loads.mass[t] += 1.0;
-            loads.idle[t] = f64::NEG_INFINITY;
-        }
-        let cached = (0..n).filter(|t| price.tiers[*t].copies == Copies::Misses).map(|t| loads.count[t]).sum();
-        loads.copy(price, price.misses.miss_rate(placement.slots, cached));
         loads
     }
 
@@ -285,17 +269,53 @@ fn combine(events: &[Event], sync_s: &[f64], resources: usize, buffers: &mut [f6
     expected
 }
 
+/// Time of the slowest resource in sampled step number `index`, in which the experts of `step` are active and every processor and link
+/// does exactly its work; `miss_rate` decides which cached experts are copied ([`LayerPrice::chance`]).
+pub fn step_slowest(
+    price: &LayerPrice,
+    placement: &LayerPlacement,
+    (index, step): (usize, &[u16]),
+    miss_rate: f64,
+    num_links: usize,
+) -> f64 {
+    let processors = price.sync_s.len();
+    let mut time = vec![0.0; processors + num_links];
+    let mut busy = vec![false; processors];
+    let mut slowed = vec![0.0; processors];
+    for expert in step {
+        let tier = &price.tiers[usize::from(placement.tier_of[usize::from(*expert)])];
+        time[tier.processor] += tier.expert_s;
+        busy[tier.processor] = true;
+        let copied = match tier.copies {
+            Copies::Never => false,
+            Copies::Misses => price.chance(index, *expert) < miss_rate,
+            Copies::Always => true,
+        };
+        if copied {
+            time[processors + tier.link] += tier.copy_s;
+            if let Some((p, seconds)) = tier.contends {
+                slowed[p] += seconds;
+            }
+        }
+    }
+    for p in (0..processors).filter(|p| busy[*p]) {
+        time[p] += price.sync_s[p] + slowed[p];
+    }
+    time.into_iter().fold(0.0, f64::max)
+}
+
 /// Seconds of one MoE layer.
 pub fn layer_seconds(table: &PriceTable, index: usize, placement: &LayerPlacement) -> f64 {
     let price = table.layer(index);
-    let slowest = |loads: &Loads| expected_slowest(price, loads, table.links.len());
-    price.fixed_s
-        + match &price.scenarios {
-            None => slowest(&Loads::new(price, placement)),
-            Some(steps) => {
-                steps.iter().map(|s| slowest(&Loads::of_step(price, placement, s))).sum::<f64>() / steps.len() as f64
-            }
-        }
+    let links = table.links.len();
+    let Some(steps) = &price.scenarios else {
+        return price.fixed_s + expected_slowest(price, &Loads::new(price, placement), links);
+    };
+    let is_cached = |t: &&u8| price.tiers[usize::from(**t)].copies == Copies::Misses;
+    let cached = placement.tier_of.iter().filter(is_cached).count() as u32;
+    let miss_rate = price.misses.miss_rate(placement.slots, cached);
+    let all = steps.iter().enumerate().map(|(i, s)| step_slowest(price, placement, (i, s), miss_rate, links));
+    price.fixed_s + all.sum::<f64>() / steps.len() as f64
 }
 
 /// Seconds of one step.

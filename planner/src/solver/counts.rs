@@ -109,14 +109,14 @@ struct Mix {
 }
 
 /// Events of more tiers than this are not searched.
-const MAX_TIERS: usize = 64;
+const MAX_EVENTS: usize = 64;
 
 impl<'a> CountLayer<'a> {
     /// Layer `index`, or `None` when its experts differ in activity.
     pub fn new(problem: &Problem<'_>, form: &Weights<'a>, index: usize) -> Option<Self> {
         let form: Vec<_> = form.iter().map(|(w, table)| (*w, table.layer(index))).collect();
         let alike = |p: &LayerPrice| p.scenarios.is_none() && p.active.windows(2).all(|a| a[0] == a[1]);
-        if problem.tiers.len() * 2 > MAX_TIERS || !form.iter().all(|(_, p)| alike(p)) {
+        if problem.tiers.len() * 2 > MAX_EVENTS || !form.iter().all(|(_, p)| alike(p)) {
             return None;
         }
         let links = form.iter().flat_map(|(_, p)| &p.tiers).map(|t| t.link + 1).max().unwrap_or(0);
@@ -141,7 +141,7 @@ impl<'a> CountLayer<'a> {
     /// Weighted seconds with these counts; they may be fewer than the layer's experts. The judge's own arithmetic
     /// ([`crate::evaluate::expected_slowest`]) without its lists.
     pub fn seconds(&self, counts: &[u32], slots: u32) -> f64 {
-        let mut events = [Event::default(); MAX_TIERS];
+        let mut events = [Event::default(); MAX_EVENTS];
         let mut total = 0.0;
         for ((weight, p), order) in self.form.iter().zip(&self.order) {
             let (active, ln_idle) =
@@ -289,7 +289,7 @@ impl<'a> CountLayer<'a> {
         let cached = |v: &[u32]| (0..v.len()).filter(|t| self.through[*t].is_some()).map(|t| v[t]).sum::<u32>();
         let middle = f64::from(cached(&r.lo) + cached(&r.hi)) / 2.0;
         let x = (f64::from(r.slots.0 + r.slots.1) / 2.0 / middle.max(1.0)).min(1.0);
-        let mut costs = [0.0; MAX_TIERS];
+        let mut costs = [0.0; MAX_EVENTS];
         let costs = &mut costs[..r.lo.len()];
         for i in 0..mixes.len() {
             let mix = &mixes[i];

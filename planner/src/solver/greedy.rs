@@ -6,7 +6,7 @@
 
 use super::{Solution, Solver, fill, polish};
 use crate::error::PlanError;
-use crate::evaluate::{Placement, Prices, usage};
+use crate::evaluate::{Placement, Prices, Weights, usage};
 use crate::problem::Problem;
 
 /// The greedy solver.
@@ -25,15 +25,42 @@ pub(super) fn no_placement(problem: &Problem<'_>) -> PlanError {
     }
 }
 
+/// What the machine's caches may be, with names: none, and several shares of a memory for each.
+fn caches(problem: &Problem<'_>) -> Vec<(Option<(usize, f64)>, String)> {
+    let mut caches: Vec<(Option<(usize, f64)>, String)> = vec![(None, "no cache".into())];
+    for (t, tier) in problem.tiers.iter().enumerate() {
+        let Some(through) = &tier.through else { continue };
+        caches.extend(
+            CACHE_SHARES
+                .iter()
+                .map(|share| (Some((t, *share)), format!("{:.0} % of {through}'s room as cache for {}", share * 100.0, tier.memory))),
+        );
+    }
+    caches
+}
+
+/// Feasible placements to start from: one without a cache and the best one with, where there are such.
+pub(super) fn starts(problem: &Problem<'_>, weights: &Weights<'_>) -> Vec<Placement> {
+    let mut best: [Option<(f64, Placement)>; 2] = [None, None];
+    for (cache, _) in caches(problem) {
+        let Some(mut placement) = fill::fill(problem, weights, cache) else { continue };
+        polish::polish(problem, weights, &mut placement);
+        if usage(problem, &placement).is_err() {
+            continue;
+        }
+        let layers = placement.layers.iter().enumerate();
+        let seconds: f64 = layers.map(|(i, l)| fill::seconds(weights, i, l)).sum();
+        let slot = &mut best[usize::from(placement.layers.iter().any(|l| l.slots > 0))];
+        if slot.as_ref().is_none_or(|(s, _)| seconds < *s) {
+            *slot = Some((seconds, placement));
+        }
+    }
+    best.into_iter().flatten().map(|(_, p)| p).collect()
+}
+
 impl Solver for Greedy {
     fn solve(&self, problem: &Problem<'_>, prices: &Prices) -> Result<Solution, PlanError> {
-        let mut starts: Vec<(Option<(usize, f64)>, String)> = vec![(None, "no cache".into())];
-        for (t, tier) in problem.tiers.iter().enumerate() {
-            let Some(through) = &tier.through else { continue };
-            starts.extend(CACHE_SHARES.iter().map(|share| {
-                (Some((t, *share)), format!("{:.0} % of {through}'s room as cache for {}", share * 100.0, tier.memory))
-            }));
-        }
+        let starts = caches(problem);
         let mut best: Option<(f64, Placement, String)> = None;
         let mut tried = 0;
         for weights in prices.forms(problem) {

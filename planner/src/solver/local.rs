@@ -1,45 +1,119 @@
 //! The heuristic with proof: starts from greedy, relaxes, rounds, searches locally, and states a lower bound.
 //!
 //! Where experts of a layer are alike the relaxation is over whole columns of layers ([`super::columns`]); where a trace tells them
-//! apart it is the linear program over experts and sampled steps ([`super::relax`]).
+//! apart it is the convex program over experts and sampled steps ([`super::linear`], [`super::relax`], [`super::search`]).
 
+use super::greedy::starts;
+use super::linear::Linear;
+use super::relax::{Effort, Relaxed, relax};
+use super::search::Search;
 use super::{Bound, Greedy, Solution, Solver, columns};
 use crate::error::PlanError;
-use crate::evaluate::{Placement, Prices};
+use crate::evaluate::{Placement, Prices, Weights, usage};
 use crate::problem::Problem;
 
 /// The local-search solver.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Local;
+#[derive(Debug, Clone, Copy)]
+pub struct Local {
+    /// Multiply-adds to spend on relaxing and on searching, about: the solver has no clock. 2e9 take some seconds.
+    pub work: f64,
+}
+
+impl Default for Local {
+    fn default() -> Self {
+        Self { work: 2.5e9 }
+    }
+}
+
+/// How close the relaxation's fractions come to its bound before it stops.
+const CLOSE: f64 = 2e-4;
+/// How the bound is computed, for the plan.
+const METHOD: &str = "Lagrangian of the convex program over experts and steps (primal-dual)";
 
 impl Solver for Local {
     fn solve(&self, problem: &Problem<'_>, prices: &Prices) -> Result<Solution, PlanError> {
-        let greedy = Greedy.solve(problem, prices)?;
-        let start_s = prices.objective(problem, &greedy.placement);
-        let mut best: (f64, Placement) = (start_s, greedy.placement.clone());
-        let mut bound_s = f64::INFINITY;
-        let mut saved = Vec::new();
+        let mut best: Option<(f64, Placement)> = None;
+        let mut bound: Option<Bound> = None;
+        let mut told = String::new();
         for form in prices.forms(problem) {
-            let Some(found) = columns::solve(problem, &form, std::slice::from_ref(&greedy.placement))? else {
-                return Ok(greedy);
+            let (proposals, found) = match self.by_steps(problem, &form) {
+                Some(found) => found,
+                None => {
+                    let greedy = Greedy.solve(problem, prices)?;
+                    let start = std::slice::from_ref(&greedy.placement);
+                    let Some(c) = columns::solve(problem, &form, start)? else { return Ok(greedy) };
+                    let bound = Bound { seconds: c.bound_s, method: columns::METHOD.into(), saved_s_per_byte: c.saved_s_per_byte };
+                    told = format!("greedy ({}), then whole columns of layers", greedy.reason);
+                    (std::iter::once(greedy.placement).chain(c.placement).collect(), bound)
+                }
             };
-            if found.bound_s < bound_s {
-                bound_s = found.bound_s;
-                saved = found.saved_s_per_byte;
+            if bound.as_ref().is_none_or(|b| found.seconds < b.seconds) {
+                bound = Some(found);
             }
-            if let Some(placement) = found.placement {
+            for placement in proposals {
                 let seconds = prices.objective(problem, &placement);
-                if seconds < best.0 {
-                    best = (seconds, placement);
+                if best.as_ref().is_none_or(|(b, _)| seconds < *b) && usage(problem, &placement).is_ok() {
+                    best = Some((seconds, placement));
                 }
             }
         }
-        let reason = format!(
-            "greedy ({}), then columns of whole layers: objective {:.2} % lower",
-            greedy.reason,
-            (1.0 - best.0 / start_s) * 100.0
-        );
-        let bound = Some(Bound { seconds: bound_s, method: columns::METHOD.into(), saved_s_per_byte: saved });
-        Ok(Solution { placement: best.1, solver: "local", reason, bound })
+        let Some((_, placement)) = best else { return Greedy.solve(problem, prices) };
+        if told.is_empty() {
+            told = "relaxation over experts and steps, rounded, then moves and swaps".into();
+        }
+        Ok(Solution { placement, solver: "local", reason: told, bound })
     }
+}
+
+impl Local {
+    /// Placements found from every cache size that greedy tries, and a bound over them.
+    fn by_steps(&self, problem: &Problem<'_>, form: &Weights<'_>) -> Option<(Vec<Placement>, Bound)> {
+        let by_steps = form.iter().flat_map(|(_, t)| &t.classes).any(|c| c.active.windows(2).any(|p| p[0] != p[1]));
+        if !by_steps {
+            return None;
+        }
+        let means: Vec<_> = form.iter().map(|(w, t)| (*w, t.without_steps())).collect();
+        let starts = starts(problem, &means.iter().map(|(w, t)| (*w, t)).collect::<Vec<_>>());
+        let mut least: Option<Relaxed> = None;
+        let mut placements = Vec::new();
+        let tried = starts.len();
+        for start in starts {
+            let lp = Linear::new(problem, form, &start)?;
+            let tier_of: Vec<Vec<u8>> = start.layers.iter().map(|l| l.tier_of.clone()).collect();
+            let work = self.work / tried as f64;
+            let relaxed = relax(&lp, &tier_of, Effort { work, close: CLOSE });
+            if std::env::var("DBG").is_ok() { eprintln!("start slots {} value {} bound {}", start.layers[0].slots, Search::new(&lp, tier_of.clone()).value(), relaxed.bound_s); }
+            placements.extend(search(&lp, &relaxed, tier_of, work).map(|t| lp.placement(problem, &t)));
+            if least.as_ref().is_none_or(|r| relaxed.bound_s < r.bound_s) {
+                least = Some(relaxed);
+            }
+        }
+        let least = least?;
+        let method = if tried > 1 {
+            format!("{METHOD}; over {tried} cache sizes, each with its miss rate held")
+        } else {
+            METHOD.to_string()
+        };
+        Some((placements, Bound { seconds: least.bound_s, method, saved_s_per_byte: least.price }))
+    }
+}
+
+/// The best whole-expert placement found around fractions and from the start. `[layers][experts]`
+fn search(lp: &Linear, relaxed: &Relaxed, start: Vec<Vec<u8>>, work: f64) -> Option<Vec<Vec<u8>>> {
+    let mut best: Option<(f64, Vec<Vec<u8>>)> = None;
+    let mut from_prices = Search::rounded(lp, &relaxed.x);
+    from_prices.descend(&relaxed.price, 6);
+    for mut s in [Search::rounded(lp, &relaxed.x), from_prices, Search::new(lp, start)] {
+        if std::env::var("DBG").is_ok() { eprintln!("   rounded {}", s.value()); }
+        if !s.repair() {
+            continue;
+        }
+        if std::env::var("DBG").is_ok() { eprintln!("   repaired {}", s.value()); }
+        s.improve(work / 6.0);
+        let value = s.value(); if std::env::var("DBG").is_ok() { eprintln!("   search {value}"); }
+        if s.is_feasible() && best.as_ref().is_none_or(|(v, _)| value < *v) {
+            best = Some((value, s.tier_of));
+        }
+    }
+    best.map(|(_, t)| t)
 }

@@ -8,8 +8,11 @@ mod counts;
 mod exhaustive;
 mod fill;
 mod greedy;
+mod linear;
 mod local;
 mod polish;
+mod relax;
+mod search;
 
 pub use exhaustive::Exhaustive;
 pub use greedy::Greedy;
@@ -18,6 +21,11 @@ pub use local::Local;
 use crate::error::PlanError;
 use crate::evaluate::{Placement, Prices};
 use crate::problem::Problem;
+
+/// Most tiers that the convex program handles.
+pub(crate) const MAX_TIERS: usize = 32;
+/// Most processors and links that the convex program handles.
+pub(crate) const MAX_RESOURCES: usize = 64;
 
 /// Which solver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -86,7 +94,7 @@ pub trait Solver {
 pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result<Solution, PlanError> {
     match kind {
         SolverKind::Greedy => Greedy.solve(problem, prices),
-        SolverKind::Local => Local.solve(problem, prices),
+        SolverKind::Local => Local::default().solve(problem, prices),
         SolverKind::Exhaustive => Exhaustive::default().solve(problem, prices),
         SolverKind::Auto => {
             let small = Exhaustive { max_states: 20_000.0 };
@@ -94,7 +102,7 @@ pub fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) -> Result
             let (mut s, why) = if states <= small.max_states {
                 (small.solve(problem, prices)?, format!("auto: {states} placement(s), all tried"))
             } else {
-                (Local.solve(problem, prices)?, "auto: too many placements to try all".to_string())
+                (Local::default().solve(problem, prices)?, "auto: too many placements to try all".to_string())
             };
             s.reason = format!("{why}; {}", s.reason);
             Ok(s)
