@@ -9,7 +9,7 @@ mod alternatives;
 mod from_trace;
 mod replay;
 
-pub use from_trace::{Evidence, TraceOptions, placement_of, plan_from_evidence};
+pub use from_trace::{Evidence, Planned, TraceOptions, placement_of, plan_from_evidence};
 pub use replay::{LayerReplay, replay_layer, replay_seconds};
 
 use crate::error::PlanError;

@@ -199,7 +199,8 @@ fn a_plan_from_a_trace_says_what_it_was_made_from() {
     let (spec, machine, trace) = (tiny(24, 32, 4), small_machine(1 << 30, 64 << 30, 0), trace());
     let evidence = Evidence::new(&spec, 1, &trace, TraceOptions::default()).unwrap();
     let problem = evidence.problem(&spec, &machine, &request_for(&spec, &machine, 240, false)).unwrap();
-    let plan = plan_from_evidence(&problem, &Roofline::default(), SolverKind::Greedy, &evidence).unwrap();
+    let planned = plan_from_evidence(&problem, &Roofline::default(), SolverKind::Greedy, &evidence).unwrap();
+    let plan = planned.plan;
     let read = Plan::from_json(&plan.to_json()).unwrap();
     assert!(read == plan, "reading the file gives another plan");
     read.check(&spec, Some(&machine)).unwrap();
@@ -212,6 +213,11 @@ fn a_plan_from_a_trace_says_what_it_was_made_from() {
     assert!(near(replay_seconds(&prices.decode, &placement_of(&plan), &evidence.test), report.chosen_step_s));
     assert!(explain(&plan).iter().any(|r| r.reason.contains("cached on the held-out part of the trace")));
     assert!(plan.lower_bound_s <= plan.objective_s);
+    // Without caches it is no faster there, and it needs none.
+    let without = planned.without_caches.unwrap();
+    usage(&problem, &without).unwrap();
+    assert!(without.layers.iter().all(|l| l.slots == 0));
+    assert!(report.chosen_step_s <= replay_seconds(&prices.decode, &without, &evidence.test) * (1.0 + 1e-8));
     let other = Evidence::new(&tiny(24, 64, 4), 1, &trace, TraceOptions::default());
     assert!(other.unwrap_err().to_string().contains("4 of 64"));
 }

@@ -19,7 +19,6 @@ use tierwise_planner::baselines::{ComparisonRow, compare, others};
 use tierwise_planner::evaluate::Prices;
 use tierwise_planner::held_out::{Evidence, HeldOut, Outcome, TraceOptions, placement_of, plan_from_evidence};
 use tierwise_planner::price::Case;
-use tierwise_planner::solver::solve;
 use tierwise_planner::{Limits, Request, SolverKind};
 use tierwise_runtime::atomic_file::write_atomic;
 use tierwise_runtime::trace::read_routing;
@@ -70,7 +69,7 @@ pub fn run(args: &PlanArgs, path: &Path, ui: &Ui) -> Result<()> {
     let kind = solver(args.planning.solver);
     let started = Instant::now();
     let problem = evidence.problem(&spec, &machine, &request)?;
-    let plan = plan_from_evidence(&problem, &cost, kind, &evidence)?;
+    let plan = plan_from_evidence(&problem, &cost, kind, &evidence)?.plan;
     let solve_time_s = started.elapsed().as_secs_f64();
     if let Some(file) = &args.output {
         write_atomic(file, plan.to_json().as_bytes())?;
@@ -171,21 +170,14 @@ fn budgets(setting: &Setting<'_>, n: u32) -> Result<Vec<Bytes>> {
 }
 
 fn comparison(setting: &Setting<'_>, vram: Option<Bytes>) -> Result<Comparison> {
-    let mut problem = setting.evidence.problem(setting.spec, setting.machine, &setting.with_vram(vram))?;
-    let plan = plan_from_evidence(&problem, setting.cost, setting.kind, setting.evidence)?;
+    let problem = setting.evidence.problem(setting.spec, setting.machine, &setting.with_vram(vram))?;
+    let planned = plan_from_evidence(&problem, setting.cost, setting.kind, setting.evidence)?;
     let prices = Prices::new(&problem, setting.cost, Case::Expected);
-    let mut list = vec![("tierwise".to_string(), placement_of(&plan))];
+    let mut list = vec![("tierwise".to_string(), placement_of(&planned.plan))];
+    // How much of the gain is the choice of experts alone.
+    list.extend(planned.without_caches.map(|p| ("tierwise, nothing cached".to_string(), p)));
     list.extend(others(&problem, &prices, &setting.evidence.shares)?);
-    let mut rows = compare(&problem, &prices.decode, &list, &setting.evidence.test);
-    // How much of the gain is the choice of experts alone: the same without caches. Their tiers are the last, so indices stay.
-    problem.tiers.retain(|t| t.through.is_none());
-    let prices = Prices::new(&problem, setting.cost, Case::Expected);
-    if let Ok(solution) = solve(&problem, &prices, setting.kind) {
-        let name = "tierwise, nothing cached".to_string();
-        let mut row = compare(&problem, &prices.decode, &[(name, solution.placement)], &setting.evidence.test);
-        row.iter_mut().for_each(|r| r.gain = r.step_s / rows[0].step_s - 1.0);
-        rows.splice(1..1, row);
-    }
+    let rows = compare(&problem, &prices.decode, &list, &setting.evidence.test);
     let main = problem.memory_index(&problem.main.memory);
     let fraction = problem.room[main].0 as f64 / problem.expert_bytes().0 as f64;
     Ok(Comparison { vram: problem.capacity[main], fraction, rows })

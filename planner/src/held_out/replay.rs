@@ -3,7 +3,7 @@
 //! Steps come in the order of time; caches are LRU as the engine runs it (hits judged before a step, of the experts of one step the
 //! smallest number the oldest). Every step is priced by its own active and copied experts, and the mean is taken over the steps.
 
-use crate::evaluate::{Branches, LayerPlacement, Loads, Placement};
+use crate::evaluate::{LayerPlacement, Placement};
 use crate::price::{Copies, LayerPrice, PriceTable};
 use crate::scenario::Scenarios;
 use std::collections::BTreeMap;
@@ -35,12 +35,12 @@ impl LayerReplay {
 /// Replays the steps (active experts, ascending) of one layer, from an empty cache.
 pub fn replay_layer(price: &LayerPrice, num_links: usize, placement: &LayerPlacement, steps: &[Vec<u16>]) -> LayerReplay {
     let tiers = price.tiers.len();
-    // Steps with the same numbers of active and copied experts per tier take the same time: (how many, one of them).
-    let mut kinds: BTreeMap<Vec<u32>, (u64, usize)> = BTreeMap::new();
+    // How many steps have these numbers of active and of copied experts per tier: they take the same time.
+    let mut kinds: BTreeMap<Vec<u32>, u64> = BTreeMap::new();
     let mut kind = vec![0_u32; 2 * tiers];
     let mut recent: Vec<u16> = Vec::with_capacity(placement.tier_of.len());
     let cached = |e: u16| price.tiers[usize::from(placement.tier_of[usize::from(e)])].copies == Copies::Misses;
-    for (i, step) in steps.iter().enumerate() {
+    for step in steps {
         kind.fill(0);
         for e in step {
             let t = usize::from(placement.tier_of[usize::from(*e)]);
@@ -58,25 +58,46 @@ pub fn replay_layer(price: &LayerPrice, num_links: usize, placement: &LayerPlace
         }
         recent.truncate(placement.slots as usize);
         match kinds.get_mut(kind.as_slice()) {
-            Some((n, _)) => *n += 1,
+            Some(n) => *n += 1,
             None => {
-                kinds.insert(kind.clone(), (1, i));
+                kinds.insert(kind.clone(), 1);
             }
         }
     }
     let mut replay = LayerReplay { seconds: 0.0, active: vec![0; tiers], copied: vec![0; tiers] };
-    for (kind, (n, example)) in kinds {
-        let mut loads = Loads::of_step(price, placement, &steps[example]);
+    for (kind, n) in kinds {
+        let (active, copied) = kind.split_at(tiers);
         for t in 0..tiers {
-            loads.copied[t] = f64::from(kind[tiers + t]);
-            replay.active[t] += n * u64::from(kind[t]);
-            replay.copied[t] += n * u64::from(kind[tiers + t]);
+            replay.active[t] += n * u64::from(active[t]);
+            replay.copied[t] += n * u64::from(copied[t]);
         }
-        let slowest = Branches::new(price, &loads, num_links).iter().map(|b| b.seconds).fold(0.0, f64::max);
-        replay.seconds += slowest * (n as f64 / steps.len() as f64);
+        replay.seconds += slowest(price, num_links, active, copied) * (n as f64 / steps.len() as f64);
     }
     replay.seconds += price.fixed_s;
     replay
+}
+
+/// Time of the slowest processor or link when so many experts of each tier are active and copied. `[tiers]`
+fn slowest(price: &LayerPrice, num_links: usize, active: &[u32], copied: &[u32]) -> f64 {
+    let processors = price.sync_s.len();
+    let mut time = vec![0.0; processors + num_links];
+    let mut slowed = vec![0.0; processors];
+    for (t, tier) in price.tiers.iter().enumerate() {
+        time[tier.processor] += f64::from(active[t]) * tier.expert_s;
+        if copied[t] > 0 {
+            time[processors + tier.link] += f64::from(copied[t]) * tier.copy_s;
+            if let Some((p, seconds)) = tier.contends {
+                slowed[p] += f64::from(copied[t]) * seconds;
+            }
+        }
+    }
+    // A round trip and what copies take from the memory: only where anything is computed.
+    for p in 0..processors {
+        if price.tiers.iter().zip(active).any(|(tier, n)| tier.processor == p && *n > 0) {
+            time[p] += price.sync_s[p] + slowed[p];
+        }
+    }
+    time.into_iter().fold(0.0, f64::max)
 }
 
 /// Mean seconds of a step of the whole model.
