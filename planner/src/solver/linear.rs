@@ -55,8 +55,12 @@ impl Cost {
 pub(super) struct Costs {
     /// Times per active expert.
     pub costs: Vec<Cost>,
-    /// Round trip of the processor of each tier, and its resource. `[tiers]`
-    pub sync: Vec<(usize, f64)>,
+    /// The same by tier. `[tiers]`
+    pub by_tier: Vec<Vec<Cost>>,
+    /// Processor of each tier. `[tiers]`
+    pub processor: Vec<usize>,
+    /// Round trip of each processor. `[processors]`
+    pub sync_s: Vec<f64>,
 }
 
 /// One layer.
@@ -195,7 +199,7 @@ fn steps(price: &LayerPrice, phase: usize, weight: f64, slots: u32, cached: u32)
 }
 
 fn costs(price: &LayerPrice, num_processors: usize) -> Costs {
-    let mut costs = Costs::default();
+    let mut costs = Costs { sync_s: price.sync_s.clone(), ..Costs::default() };
     for (t, tier) in price.tiers.iter().enumerate() {
         costs.costs.push(Cost { tier: t, on: tier.processor, seconds: tier.expert_s, copying: false });
         if tier.copies != Copies::Never {
@@ -204,7 +208,8 @@ fn costs(price: &LayerPrice, num_processors: usize) -> Costs {
                 costs.costs.push(Cost { tier: t, on, seconds, copying: true });
             }
         }
-        costs.sync.push((tier.processor, price.sync_s[tier.processor]));
+        costs.processor.push(tier.processor);
+        costs.by_tier.push(costs.costs.iter().filter(|c| c.tier == t).copied().collect());
     }
     costs
 }

@@ -83,7 +83,7 @@ impl Local {
             let work = self.work / tried as f64;
             let relaxed = relax(&lp, &tier_of, Effort { work, close: CLOSE });
             if std::env::var("DBG").is_ok() { eprintln!("start slots {} value {} bound {}", start.layers[0].slots, Search::new(&lp, tier_of.clone()).value(), relaxed.bound_s); }
-            placements.extend(search(&lp, &relaxed, tier_of, work).map(|t| lp.placement(problem, &t)));
+            placements.extend(search(&lp, &relaxed, tier_of, work).map(|t| with_slots(problem, &lp, lp.placement(problem, &t))));
             if least.as_ref().is_none_or(|r| relaxed.bound_s < r.bound_s) {
                 least = Some(relaxed);
             }
@@ -96,6 +96,30 @@ impl Local {
         };
         Some((placements, Bound { seconds: least.bound_s, method, saved_s_per_byte: least.price }))
     }
+}
+
+/// Gives the slots that rounding down left over to the layers that lack most of one.
+fn with_slots(problem: &Problem<'_>, lp: &Linear, mut placement: Placement) -> Placement {
+    let Ok(used) = usage(problem, &placement) else { return placement };
+    let mut free: Vec<u64> = (0..problem.room.len()).map(|m| problem.room[m].0 - used.resident[m].0 - used.slots[m].0).collect();
+    let mut lacking: Vec<(f64, usize, usize, u32)> = Vec::new();
+    for (i, (layer, l)) in placement.layers.iter().zip(&lp.layers).enumerate() {
+        let tiers = || layer.tier_of.iter().map(|t| &problem.tiers[usize::from(*t)]);
+        let cached = tiers().filter(|t| t.through.is_some()).count() as u32;
+        if let Some(memory) = tiers().find_map(|t| t.through.as_deref()) {
+            let lacks = l.slot_share * f64::from(cached) - f64::from(layer.slots);
+            lacking.push((lacks, i, problem.memory_index(memory), cached));
+        }
+    }
+    lacking.sort_by(|a, b| b.0.total_cmp(&a.0));
+    for (_, i, m, cached) in lacking {
+        let bytes = problem.layers[i].expert_bytes.0;
+        if placement.layers[i].slots < cached && free[m] >= bytes {
+            free[m] -= bytes;
+            placement.layers[i].slots += 1;
+        }
+    }
+    placement
 }
 
 /// The best whole-expert placement found around fractions and from the start. `[layers][experts]`

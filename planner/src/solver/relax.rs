@@ -340,8 +340,8 @@ fn each_cost(layer: &Layer, phase: usize, share: f64, mut f: impl FnMut(usize, u
     for c in costs.costs.iter().filter(|c| layer.allowed[c.tier]) {
         f(c.tier, c.on, c.seconds, c.copying);
     }
-    for (tier, (on, seconds)) in costs.sync.iter().enumerate().filter(|(t, s)| layer.allowed[*t] && s.1 > 0.0) {
-        f(tier, *on, seconds * share, false);
+    for (tier, on) in costs.processor.iter().enumerate().filter(|(t, p)| layer.allowed[*t] && costs.sync_s[**p] > 0.0) {
+        f(tier, *on, costs.sync_s[*on] * share, false);
     }
 }
 

@@ -164,7 +164,7 @@ impl<'a> Search<'a> {
         let mut best: Vec<Vec<Option<Move>>> = (0..self.lp.layers.len()).map(|l| self.best_moves(l)).collect();
         let least = 1e-9 * self.value();
         while left > 0.0 {
-            let Some(changed) = self.best_change(&best, least) else {
+            let Some(changed) = self.best_changes(&best, least) else {
                 // No single move and no swap between layers: swaps within a layer.
                 let mut any = false;
                 for l in 0..self.lp.layers.len() {
@@ -186,43 +186,45 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Applies the best move or swap between layers; the layers that changed.
-    fn best_change(&mut self, best: &[Vec<Option<Move>>], least: f64) -> Option<Vec<usize>> {
+    /// Applies the best moves and swaps between layers, each layer changing at most once; the layers that changed, if any.
+    fn best_changes(&mut self, best: &[Vec<Option<Move>>], least: f64) -> Option<Vec<usize>> {
         let t = self.lp.num_tiers;
-        let mut chosen: Option<(f64, Vec<(usize, usize, usize)>)> = None;
-        let mut offer = |delta: f64, moves: Vec<(usize, usize, usize)>| {
-            if delta < -least && chosen.as_ref().is_none_or(|(d, _)| delta < *d) {
-                chosen = Some((delta, moves));
-            }
-        };
-        let two: Vec<[Option<(usize, Move)>; 2]> = (0..t * t).map(|pair| lowest_two(best, pair)).collect();
-        for from in 0..t {
-            for to in (0..t).filter(|to| *to != from) {
-                for (l1, m1) in two[from * t + to].iter().flatten() {
-                    if self.fits(&[(*l1, from, to)]) {
-                        offer(m1.delta, vec![(*l1, m1.expert, to)]);
-                        continue;
-                    }
-                    if m1.delta >= 0.0 {
-                        continue;
-                    }
-                    // It does not fit alone: with another move that makes room.
-                    for (pair, back) in two.iter().enumerate() {
-                        let (back_from, back_to) = (pair / t, pair % t);
-                        for (l2, m2) in back.iter().flatten().filter(|(l2, _)| l2 != l1) {
-                            if m1.delta + m2.delta < -least && self.fits(&[(*l1, from, to), (*l2, back_from, back_to)]) {
-                                offer(m1.delta + m2.delta, vec![(*l1, m1.expert, to), (*l2, m2.expert, back_to)]);
-                            }
+        /// Layers looked at for each pair of tiers.
+        const FEW: usize = 6;
+        let lowest: Vec<Vec<(usize, Move)>> = (0..t * t).map(|pair| lowest(best, pair, FEW)).collect();
+        let mut offers: Vec<(f64, Vec<(usize, usize, usize)>)> = Vec::new();
+        for (pair, moves) in lowest.iter().enumerate() {
+            let (from, to) = (pair / t, pair % t);
+            for (l1, m1) in moves.iter().filter(|(_, m)| m.delta < -least) {
+                if self.fits(&[(*l1, from, to)]) {
+                    offers.push((m1.delta, vec![(*l1, m1.expert, to)]));
+                    continue;
+                }
+                // It does not fit alone: with another move that makes room.
+                for (back_pair, backs) in lowest.iter().enumerate() {
+                    let (back_from, back_to) = (back_pair / t, back_pair % t);
+                    for (l2, m2) in backs.iter().filter(|(l2, _)| l2 != l1) {
+                        if m1.delta + m2.delta < -least && self.fits(&[(*l1, from, to), (*l2, back_from, back_to)]) {
+                            offers.push((m1.delta + m2.delta, vec![(*l1, m1.expert, to), (*l2, m2.expert, back_to)]));
                         }
                     }
                 }
             }
         }
-        let (_, moves) = chosen?;
-        for (l, e, to) in &moves {
-            self.apply(*l, *e, *to);
+        offers.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut changed: Vec<usize> = Vec::new();
+        for (_, moves) in offers {
+            let places: Vec<_> =
+                moves.iter().map(|(l, e, to)| (*l, usize::from(self.tier_of[*l][*e]), *to)).collect();
+            if moves.iter().any(|(l, _, _)| changed.contains(l)) || !self.fits(&places) {
+                continue;
+            }
+            for (l, e, to) in moves {
+                self.apply(l, e, to);
+                changed.push(l);
+            }
         }
-        Some(moves.into_iter().map(|(l, _, _)| l).collect())
+        (!changed.is_empty()).then_some(changed)
     }
 
     /// The first swap of two experts of a layer that saves time: those that look best alone are tried in pairs.
@@ -300,20 +302,17 @@ impl<'a> Search<'a> {
             let (s, step) = (*s as usize, &layer.steps[*s as usize]);
             now[..r].copy_from_slice(&loads.seconds[s * r..(s + 1) * r]);
             let costs = &layer.phases[step.phase];
-            for c in &costs.costs {
-                if c.tier == to {
-                    now[c.on] += c.of(a);
-                } else if c.tier == from {
-                    now[c.on] -= c.of(a);
-                }
+            for c in &costs.by_tier[to] {
+                now[c.on] += c.of(a);
             }
-            let (leaves, joins) = (costs.sync[from].0, costs.sync[to].0);
-            for (tier, (on, seconds)) in costs.sync.iter().enumerate() {
-                // Once per processor: at the first tier that it computes.
-                let first = costs.sync[..tier].iter().all(|(other, _)| other != on);
-                let change = f64::from(u8::from(*on == joins)) - f64::from(u8::from(*on == leaves));
-                if first && loads.count[s * p + on] + a.times * change > 1e-9 {
-                    now[*on] += seconds;
+            for c in &costs.by_tier[from] {
+                now[c.on] -= c.of(a);
+            }
+            let (leaves, joins) = (costs.processor[from], costs.processor[to]);
+            for (on, sync_s) in costs.sync_s.iter().enumerate() {
+                let change = f64::from(u8::from(on == joins)) - f64::from(u8::from(on == leaves));
+                if loads.count[s * p + on] + a.times * change > 1e-9 {
+                    now[on] += sync_s;
                 }
             }
             more += step.weight * (now[..r].iter().copied().fold(0.0, f64::max) - loads.slowest[s]);
@@ -329,15 +328,14 @@ impl<'a> Search<'a> {
         for (s, a) in &layer.steps_of[e] {
             let (s, step) = (*s as usize, &layer.steps[*s as usize]);
             let costs = &layer.phases[step.phase];
-            for c in &costs.costs {
-                if c.tier == to {
-                    loads.seconds[s * r + c.on] += c.of(a);
-                } else if c.tier == from {
-                    loads.seconds[s * r + c.on] -= c.of(a);
-                }
+            for c in &costs.by_tier[to] {
+                loads.seconds[s * r + c.on] += c.of(a);
             }
-            loads.count[s * p + costs.sync[from].0] -= a.times;
-            loads.count[s * p + costs.sync[to].0] += a.times;
+            for c in &costs.by_tier[from] {
+                loads.seconds[s * r + c.on] -= c.of(a);
+            }
+            loads.count[s * p + costs.processor[from]] -= a.times;
+            loads.count[s * p + costs.processor[to]] += a.times;
             loads.slowest[s] = slowest(costs, &loads.seconds[s * r..(s + 1) * r], &loads.count[s * p..(s + 1) * p]);
         }
         self.tier_of[l][e] = to as u8;
@@ -363,10 +361,10 @@ fn loads_of(lp: &Linear, layer: &Layer, tiers: &[u8]) -> Loads {
         let costs = &layer.phases[step.phase];
         for a in &step.active {
             let tier = usize::from(tiers[usize::from(a.expert)]);
-            for c in costs.costs.iter().filter(|c| c.tier == tier) {
+            for c in &costs.by_tier[tier] {
                 loads.seconds[s * r + c.on] += c.of(a);
             }
-            loads.count[s * p + costs.sync[tier].0] += a.times;
+            loads.count[s * p + costs.processor[tier]] += a.times;
         }
         loads.slowest[s] = slowest(costs, &loads.seconds[s * r..(s + 1) * r], &loads.count[s * p..(s + 1) * p]);
     }
@@ -376,24 +374,18 @@ fn loads_of(lp: &Linear, layer: &Layer, tiers: &[u8]) -> Loads {
 /// Time of a step: its slowest resource, round trips of busy processors included.
 fn slowest(costs: &super::linear::Costs, seconds: &[f64], count: &[f64]) -> f64 {
     let mut most = seconds.iter().copied().fold(0.0, f64::max);
-    for (on, sync) in &costs.sync {
-        if count[*on] > 1e-9 {
-            most = most.max(seconds[*on] + sync);
+    for (on, sync_s) in costs.sync_s.iter().enumerate() {
+        if count[on] > 1e-9 {
+            most = most.max(seconds[on] + sync_s);
         }
     }
     most
 }
 
-/// The two layers with the lowest change for a pair of tiers.
-fn lowest_two(best: &[Vec<Option<Move>>], pair: usize) -> [Option<(usize, Move)>; 2] {
-    let mut two: [Option<(usize, Move)>; 2] = [None, None];
-    for (l, moves) in best.iter().enumerate() {
-        let Some(m) = moves[pair] else { continue };
-        if two[0].is_none_or(|(_, o)| m.delta < o.delta) {
-            two = [Some((l, m)), two[0]];
-        } else if two[1].is_none_or(|(_, o)| m.delta < o.delta) {
-            two[1] = Some((l, m));
-        }
-    }
-    two
+/// The layers with the lowest change for a pair of tiers.
+fn lowest(best: &[Vec<Option<Move>>], pair: usize, few: usize) -> Vec<(usize, Move)> {
+    let mut all: Vec<(usize, Move)> = best.iter().enumerate().filter_map(|(l, m)| m[pair].map(|m| (l, m))).collect();
+    all.sort_by(|a, b| a.1.delta.total_cmp(&b.1.delta));
+    all.truncate(few);
+    all
 }
