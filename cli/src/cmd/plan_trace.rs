@@ -164,7 +164,8 @@ fn budgets(setting: &Setting<'_>, n: u32) -> Result<Vec<Bytes>> {
             let (room, _) = room(budget)?;
             budget = Bytes((budget.0 + wanted).saturating_sub(room)).min(installed);
         }
-        budgets.push(budget);
+        // Whole MiB, for people.
+        budgets.push(Bytes(budget.0 >> 20 << 20));
     }
     Ok(budgets)
 }
