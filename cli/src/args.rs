@@ -183,6 +183,9 @@ pub struct PlanArgs {
     /// Write the plan to this file.
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub trace: crate::cmd::plan_trace::TraceArgs,
 }
 
 /// `explain`

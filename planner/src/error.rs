@@ -119,6 +119,16 @@ pub enum PlanError {
         field: String,
         /// Its value.
         found: String,
+        /// What the format wants.
+        expected: String,
+    },
+    /// A routing trace or a table of expert counts contradicts itself or the model.
+    #[error("trace: {field} is {found}, expected {expected}")]
+    BadTrace {
+        /// The offending field.
+        field: String,
+        /// Its value.
+        found: String,
         /// What would be valid.
         expected: String,
     },

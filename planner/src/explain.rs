@@ -1,8 +1,10 @@
 //! Why each expert is where it is: structured reasons, for tables and for people.
 
 use crate::budget::{FREE, RESIDENT_EXPERTS};
+use crate::held_out::{HeldOutLayer, Outcome};
 use crate::plan::{MemoryBudget, Plan, Tier};
 use serde::Serialize;
+use std::ops::Range;
 use tierwise_cost::units::Bytes;
 
 /// Totals of one tier over the whole plan.
@@ -92,7 +94,8 @@ pub fn explain(plan: &Plan) -> Vec<Reason> {
                 experts,
                 bytes: Bytes(bytes),
                 slots: if plan.tiers[t].through.is_some() { plan.layers[first].slots } else { 0 },
-                reason: reason(plan, t, experts, plan.layers[first].slots, all),
+                reason: reason(plan, t, experts, plan.layers[first].slots, all)
+                    + &on_trace(plan, t, first..last + 1).unwrap_or_default(),
             });
         }
         first = last + 1;
@@ -102,6 +105,25 @@ pub fn explain(plan: &Plan) -> Vec<Reason> {
 
 fn budget<'p>(plan: &'p Plan, memory: &str) -> Option<&'p MemoryBudget> {
     plan.budgets.iter().find(|b| b.memory == memory)
+}
+
+/// What the held-out part of the trace said about these layers, for the tiers between which it chose.
+fn on_trace(plan: &Plan, t: usize, layers: Range<usize>) -> Option<String> {
+    let layers = plan.held_out.as_ref()?.layers.get(layers)?;
+    let tier = &plan.tiers[t];
+    let first = layers.first()?;
+    if first.cached.is_none() || (tier.through.is_none() && tier.memory != plan.main.memory) {
+        return None;
+    }
+    let mean_ms = |seconds: &dyn Fn(&HeldOutLayer) -> f64| layers.iter().map(seconds).sum::<f64>() / layers.len() as f64 * 1e3;
+    let or_static = |o: Option<Outcome>, l: &HeldOutLayer| o.unwrap_or(l.fixed).seconds;
+    Some(format!(
+        "; {} on the held-out part of the trace, where a layer takes {:.3} ms static, {:.3} ms cached, {:.3} ms pinned + cached",
+        first.chosen.name(),
+        mean_ms(&|l| l.fixed.seconds),
+        mean_ms(&|l| or_static(l.cached, l)),
+        mean_ms(&|l| or_static(l.pinned_cached, l)),
+    ))
 }
 
 fn reason(plan: &Plan, t: usize, experts: u32, slots: u32, whole_layer: bool) -> String {

@@ -69,11 +69,12 @@ fn plan_from(problem: &Problem<'_>, cost: &dyn CostModel, prices: &Prices, solut
         solver: solution.solver.into(),
         solver_reason: solution.reason.clone(),
         provenance: provenance(problem, cost, &usage),
+        held_out: None,
     })
 }
 
 /// To nine significant digits: files read back exactly whatever the parser, and nothing is predicted more precisely.
-fn rounded(x: f64) -> f64 {
+pub(crate) fn rounded(x: f64) -> f64 {
     format!("{x:.8e}").parse().unwrap_or(x)
 }
 

@@ -4,6 +4,7 @@
 //! `planner/schema/plan.schema.json`. A plan read from a file is only a claim: [`Plan::check`] makes it a [`crate::CheckedPlan`].
 
 use crate::error::PlanError;
+use crate::held_out::HeldOut;
 use crate::request::Request;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -49,6 +50,9 @@ pub struct Plan {
     pub solver_reason: String,
     /// Where the numbers behind the predictions come from.
     pub provenance: Vec<Provenance>,
+    /// What it is worth on the part of a routing trace that it was not made from; absent without a trace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<HeldOut>,
 }
 
 /// A model's identity.

@@ -10,6 +10,7 @@
 //! * [`exec`]: runs the operation list of [`tierwise_cost::op`] on the CPU.
 //! * [`session`]: a loaded model with its engine: prefill, decode, generate.
 //! * [`synth`]: random-weight files in the shape of a real model.
+//! * [`trace`]: routing traces from files.
 //! * [`probe`]: a quick look at this machine; [`backend`]: which devices it has; [`doctor`]: findings and hints.
 
 pub mod atomic_file;
@@ -28,5 +29,6 @@ pub mod sampler;
 pub mod session;
 pub mod synth;
 pub mod tokenizer;
+pub mod trace;
 
 pub use error::RuntimeError;

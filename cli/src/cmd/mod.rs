@@ -9,6 +9,7 @@ mod inspect;
 mod logits;
 mod perplexity;
 pub mod plan;
+pub mod plan_trace;
 pub mod predict;
 pub mod run;
 mod shell;

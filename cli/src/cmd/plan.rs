@@ -1,6 +1,7 @@
 //! `tierwise plan`
 
 use crate::args::{ObjectiveArg, PlanArgs, PlanningArgs, SolverArg};
+use crate::cmd::plan_trace;
 use crate::model;
 use crate::ui::{self, Ui, number};
 use anyhow::{Context, Result};
@@ -13,6 +14,9 @@ use tierwise_planner::{Limits, Objective, Plan, Problem, Request, SolverKind, ma
 use tierwise_runtime::atomic_file::write_atomic;
 
 pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
+    if let Some(trace) = &args.trace.trace {
+        return plan_trace::run(args, trace, ui);
+    }
     let source = model::open(&args.model.model)?;
     let spec = model::spec(&source, args.model.format.as_deref(), args.model.layers)?;
     let (machine, origin) = model::machine(args.planning.machine.as_deref(), None)?;
@@ -41,7 +45,7 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
 }
 
 /// The workload, changed by the flags; without one the context defaults to what the model can take.
-fn request(args: &PlanningArgs, spec: &ModelSpec) -> Result<Request> {
+pub(super) fn request(args: &PlanningArgs, spec: &ModelSpec) -> Result<Request> {
     let mut request = match &args.workload {
         Some(name) => model::workload(name)?.request,
         None => Request { context: default_context(spec), ..Request::default() },
@@ -72,7 +76,7 @@ pub fn default_context(spec: &ModelSpec) -> u32 {
     spec.context_length.min(4096)
 }
 
-fn solver(arg: SolverArg) -> SolverKind {
+pub(super) fn solver(arg: SolverArg) -> SolverKind {
     match arg {
         SolverArg::Auto => SolverKind::Auto,
         SolverArg::Greedy => SolverKind::Greedy,

@@ -8,6 +8,7 @@ mod trace;
 
 pub use costs::{ActionCosts, Free, PlanCosts};
 pub use trace::Trace;
+pub(crate) use trace::UNRECORDED;
 
 use crate::check::CheckedPlan;
 use crate::engine::{Action, Engine, Input, Statistics};

@@ -3,7 +3,7 @@
 use crate::engine::Demand;
 
 /// An expert id that was not recorded.
-const UNRECORDED: u8 = 255;
+pub(crate) const UNRECORDED: u8 = 255;
 
 /// A view of a trace in the layout `[tokens][layers][experts_per_token]`, one byte per expert id, 255 for "not recorded".
 #[derive(Debug, Clone, Copy)]
@@ -37,11 +37,18 @@ impl<'a> Trace<'a> {
         Self { ids: &self.ids[..end], ..*self }
     }
 
+    /// The experts that `token` chose in the `index`-th MoE layer, in the order of the file; those not recorded are left out.
+    ///
+    /// # Panics
+    /// If the trace has no such token or layer.
+    pub fn chosen(&self, token: usize, index: usize) -> impl Iterator<Item = u16> + use<'a> {
+        let first = (token * self.num_layers + index) * self.experts_per_token;
+        self.ids[first..first + self.experts_per_token].iter().filter(|e| **e != UNRECORDED).map(|e| u16::from(*e))
+    }
+
     /// What `token` asks of the `index`-th MoE layer, which is layer `layer` of the model; `None` if nothing was recorded.
     pub fn demand(&self, token: usize, index: usize, layer: u32) -> Option<Demand> {
-        let first = (token * self.num_layers + index) * self.experts_per_token;
-        let chosen = &self.ids[first..first + self.experts_per_token];
-        let mut experts: Vec<(u32, u32)> = chosen.iter().filter(|e| **e != UNRECORDED).map(|e| (u32::from(*e), 1)).collect();
+        let mut experts: Vec<(u32, u32)> = self.chosen(token, index).map(|e| (u32::from(e), 1)).collect();
         experts.sort_unstable();
         experts.dedup_by_key(|(e, _)| *e);
         (!experts.is_empty()).then_some(Demand { step: token as u64, layer, experts })
