@@ -14,5 +14,5 @@ pub mod values;
 
 pub use pareto::pareto_front;
 pub use point::Point;
-pub use row::{Expected, Row, evaluate_point};
+pub use row::{Expected, Opened, Row, evaluate_point, marginals_of_point};
 pub use study::{Base, ServingPart, Study, Sweep};

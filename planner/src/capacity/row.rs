@@ -5,7 +5,7 @@ use super::study::{ServingPart, Study};
 use crate::budget;
 use crate::error::PlanError;
 use crate::make::make_plan;
-use crate::marginal::CostFactory;
+use crate::marginal::{CostFactory, Marginal, marginal_values};
 use crate::plan::{BytesOn, Interval, Plan, Provenance};
 use crate::price::Case;
 use crate::problem::Problem;
@@ -48,6 +48,8 @@ pub struct Expected {
     pub ttft_s: Interval,
     /// Seconds per further token of each sequence.
     pub tpot_s: Interval,
+    /// Who computes everything but routed experts, and why.
+    pub main: String,
     /// What a decode step mostly waits for.
     pub binding: String,
     /// Share of the step during which that is waited for.
@@ -85,29 +87,56 @@ pub struct Expected {
     pub provenance: Vec<Provenance>,
 }
 
-/// Evaluates one combination. `spec`, `machine` and `arrivals` are what the point names.
-///
-/// Rows that cannot be planned are rows too: only what is wrong with the study as a whole is an error of the caller.
+/// What a combination names, opened.
+#[derive(Debug, Clone, Copy)]
+pub struct Opened<'a> {
+    /// The model in the row's format.
+    pub spec: &'a ModelSpec,
+    /// The machine before the row's changes.
+    pub machine: &'a Machine,
+    /// The trace of arriving requests.
+    pub arrivals: Option<&'a Arrivals>,
+}
+
+/// The machine and request of a combination.
+fn of_point(point: &Point, opened: Opened<'_>, study: &Study) -> Result<(Machine, Request), PlanError> {
+    let base = study.request();
+    let (machine, limits) = point.machine(opened.machine, base.limits)?;
+    Ok((machine, Request { limits, ..point.request(&base) }))
+}
+
+/// Evaluates one combination. Those that cannot be planned are rows too.
 pub fn evaluate_point(
     row: usize,
     point: &Point,
+    opened: Opened<'_>,
     study: &Study,
-    spec: &ModelSpec,
-    machine: &Machine,
-    arrivals: Option<&Arrivals>,
     cost: &CostFactory<'_>,
     solver: SolverKind,
 ) -> Row {
-    let base = study.request();
-    let made = point.machine(machine, base.limits).and_then(|(machine, limits)| {
-        let request = Request { limits, ..point.request(&base) };
-        expected(&request, spec, &machine, arrivals, &study.serving, &*cost(&machine), solver)
+    let made = of_point(point, opened, study).and_then(|(machine, request)| {
+        expected(&request, opened.spec, &machine, opened.arrivals, &study.serving, &*cost(&machine), solver)
     });
     let inputs = point.clone();
     match made {
         Ok(expected) => Row { row, inputs, expected: Some(expected), error: None },
         Err(e) => Row { row, inputs, expected: None, error: Some(e.to_string()) },
     }
+}
+
+/// Marginal values of one combination's machine.
+///
+/// # Errors
+/// Those of [`marginal_values`].
+pub fn marginals_of_point(
+    point: &Point,
+    opened: Opened<'_>,
+    study: &Study,
+    cost: &CostFactory<'_>,
+    solver: SolverKind,
+) -> Result<Vec<Marginal>, PlanError> {
+    let (machine, request) = of_point(point, opened, study)?;
+    marginal_values(opened.spec, &machine, &request, cost, solver)
 }
 
 fn expected(
@@ -138,6 +167,7 @@ fn expected(
         prefill_tokens_per_s: p.prefill_tokens_per_s,
         ttft_s: p.ttft_s,
         tpot_s: p.decode_step_s,
+        main: format!("{}: {}", plan.main.executor, plan.main.reason),
         binding: p.binding.clone(),
         binding_share: p.binding_share,
         bytes_per_token: p.bytes_per_token.clone(),
