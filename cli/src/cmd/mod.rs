@@ -1,6 +1,7 @@
 //! One file per verb. Each turns its arguments into library calls and prints the result.
 
 mod bench;
+pub mod capacity;
 mod demo;
 mod doctor;
 mod explain;
@@ -23,6 +24,7 @@ pub fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args, ui),
         Command::Doctor(args) => doctor::run(&args, ui),
         Command::Plan(args) => plan::run(&args, ui),
+        Command::Capacity(args) => capacity::run(&args, ui),
         Command::Explain(args) => explain::run(&args, ui),
         Command::Run(args) => run::run(&args, ui),
         Command::Bench(args) => bench::run(&args, ui),
