@@ -264,38 +264,45 @@ impl Named {
     }
 }
 
-/// Pareto front of tokens per second of each user and of all together, for each model: rows by rising speed of each.
+/// Pareto fronts of tokens per second of each user and of all together: rows by rising speed of each.
 fn fronts(rows: &[Row]) -> Vec<report::Front> {
     let mut fronts: Vec<report::Front> = Vec::new();
     for (model, members) in report::by_model(rows) {
-        let points: Vec<(f64, f64)> = members
-            .iter()
-            .map(|r| {
-                r.expected
-                    .as_ref()
-                    .map_or((f64::NAN, f64::NAN), |e| (e.decode_tokens_per_s_per_user.value, e.decode_tokens_per_s.value))
-            })
-            .collect();
-        let rows = pareto_front(&points).into_iter().map(|i| members[i].row).collect();
-        fronts.push(report::Front { model, rows });
+        let mut contexts: Vec<u32> = members.iter().map(|r| r.inputs.context).collect();
+        contexts.sort_unstable();
+        contexts.dedup();
+        for context in contexts {
+            let members: Vec<&&Row> = members.iter().filter(|r| r.inputs.context == context).collect();
+            let speeds = |r: &&&Row| {
+                let e = r.expected.as_ref();
+                e.map_or((f64::NAN, f64::NAN), |e| (e.decode_tokens_per_s_per_user.value, e.decode_tokens_per_s.value))
+            };
+            let points: Vec<(f64, f64)> = members.iter().map(speeds).collect();
+            let rows = pareto_front(&points).into_iter().map(|i| members[i].row).collect();
+            fronts.push(report::Front { model: model.clone(), context, rows });
+        }
     }
     fronts
 }
 
-/// Marginal values of the first possible row of every model and machine: in a study that counts upwards, the smallest that works.
+/// Marginal values of the first and the last possible row of every model and machine: where axes count upwards, the least and the most.
 fn marginals(rows: &[Row], names: &Named, study: &Study, axes: &[&'static str], solver: SolverKind) -> Result<Vec<Marginals>> {
-    let mut chosen: Vec<&Row> = Vec::new();
-    for row in rows.iter().filter(|r| r.expected.is_some()) {
-        let same = |c: &&&Row| {
-            c.inputs.model == row.inputs.model && c.inputs.format == row.inputs.format && c.inputs.machine == row.inputs.machine
-        };
-        if chosen.len() < MOST_MARGINALS && !chosen.iter().any(|c| same(&c)) {
-            chosen.push(row);
-        }
-    }
+    let same = |a: &Row, b: &Row| {
+        a.inputs.model == b.inputs.model && a.inputs.format == b.inputs.format && a.inputs.machine == b.inputs.machine
+    };
+    let possible: Vec<&Row> = rows.iter().filter(|r| r.expected.is_some()).collect();
+    let first = |i: usize| !possible[..i].iter().any(|r| same(r, possible[i]));
+    let last = |i: usize| !possible[i + 1..].iter().any(|r| same(r, possible[i]));
+    let mut chosen: Vec<usize> =
+        (0..possible.len()).filter(|i| first(*i)).chain((0..possible.len()).filter(|i| last(*i))).collect();
+    let mut seen = std::collections::BTreeSet::new();
+    chosen.retain(|i| seen.insert(*i));
+    chosen.truncate(MOST_MARGINALS);
+    chosen.sort_unstable();
     chosen
         .par_iter()
-        .map(|row| {
+        .map(|i| {
+            let row = possible[*i];
             let values = marginals_of_point(&row.inputs, names.of(&row.inputs), study, &cost_model, solver)?;
             Ok(Marginals { row: row.row, label: report::label(axes, &row.inputs, true), values })
         })

@@ -18,7 +18,7 @@ pub fn sentences(report: &Study<'_>) -> Vec<String> {
             continue;
         }
         if let Some(serving) = best_served(&possible) {
-            list.push(format!("{model}: {}", serving));
+            list.push(format!("{model}: {serving}"));
         }
         list.extend(speed(report, &model, &possible));
         let impossible = rows.len() - possible.len();
@@ -58,12 +58,12 @@ fn speed(report: &Study<'_>, model: &str, rows: &[&&Row]) -> Vec<String> {
     let e = fastest.expected.as_ref().expect("only possible rows are compared");
     let i = e.decode_tokens_per_s_per_user;
     list.push(format!(
-        "{model}: fastest for one user with {}: {} tok/s ({} to {}), first token of a prompt after {} s; limited by {}.",
+        "{model}: fastest for one user with {}: {} tok/s ({} to {}), first token of a prompt after {}; limited by {}.",
         name(fastest),
         number(i.value),
         number(i.low),
         number(i.high),
-        number(e.ttft_s.value),
+        super::time(e.ttft_s.value),
         e.binding
     ));
     let enough = rows.iter().find(|r| per_user(r) >= ENOUGH * i.value);

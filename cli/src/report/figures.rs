@@ -173,29 +173,37 @@ fn speed_bars(report: &Study<'_>, model: String, rows: &[&Row]) -> Result<Figure
     Ok(Figure { heading: None, title: Some(model), svg, legend: Vec::new(), caption })
 }
 
+/// A line for the front of each context, and what it beats.
 fn pareto(report: &Study<'_>) -> Result<Vec<Figure>> {
+    let of = |row: &Row| {
+        let e = row.expected.as_ref()?;
+        Some((e.decode_tokens_per_s_per_user.value, e.decode_tokens_per_s.value))
+    };
     let mut figures = Vec::new();
-    for front in report.pareto {
-        let of = |row: &Row| {
-            let e = row.expected.as_ref()?;
-            Some((e.decode_tokens_per_s_per_user.value, e.decode_tokens_per_s.value))
-        };
-        let groups = by_model(report.rows);
-        let Some((_, rows)) = groups.into_iter().find(|g| g.0 == front.model) else { continue };
+    for (model, rows) in by_model(report.rows) {
         // With one batch size both axes say the same.
         let mut batches: Vec<u32> = rows.iter().map(|r| r.inputs.batch).collect();
         batches.sort_unstable();
         batches.dedup();
-        if batches.len() < 2 || front.rows.is_empty() {
+        let fronts: Vec<_> = report.pareto.iter().filter(|f| f.model == model && !f.rows.is_empty()).collect();
+        if batches.len() < 2 || fronts.is_empty() {
             continue;
         }
-        let points = |rows: &mut dyn Iterator<Item = &&Row>| rows.filter_map(|r| of(r)).collect::<Vec<_>>();
-        let best: Vec<(f64, f64)> = front.rows.iter().filter_map(|i| of(&report.rows[*i])).collect();
-        let others = points(&mut rows.iter().filter(|r| !front.rows.contains(&r.row)));
-        let series = vec![
-            Series { name: "on the Pareto front".into(), points: best, ends: Vec::new(), line: true },
-            Series { name: "beaten by another combination in both".into(), points: others, ends: Vec::new(), line: false },
-        ];
+        let (mut series, more) = pick(
+            fronts
+                .iter()
+                .map(|f| {
+                    let name = if fronts.len() > 1 { format!("context {}", f.context) } else { "on the Pareto front".into() };
+                    let points = f.rows.iter().filter_map(|i| of(&report.rows[*i])).collect();
+                    Series { name, points, ends: Vec::new(), line: true }
+                })
+                .collect(),
+        );
+        let beaten: Vec<(f64, f64)> =
+            rows.iter().filter(|r| !fronts.iter().any(|f| f.rows.contains(&r.row))).filter_map(|r| of(r)).collect();
+        if !beaten.is_empty() && series.len() < MOST_SERIES {
+            series.push(Series { name: "beaten in both by another".into(), points: beaten, ends: Vec::new(), line: false });
+        }
         let chart_axes = Axes {
             x: "decode tok/s of each user",
             y: "decode tok/s of all together",
@@ -204,17 +212,19 @@ fn pareto(report: &Study<'_>) -> Result<Vec<Figure>> {
             limit: None,
         };
         let svg = plots::chart(&chart_axes, &series, WIDE)?;
-        let ends: Vec<String> = [front.rows.first(), front.rows.last()]
+        let ends: Vec<String> = [fronts[0].rows.first(), fronts[0].rows.last()]
             .into_iter()
             .flatten()
             .map(|i| label(report.axes, &report.rows[*i].inputs, false))
             .collect();
         let caption = format!(
-            "Up is more together, right is more for each. Only points on the line are worth choosing; its left end is {}, its right end {}.",
+            "Up is more together, right is more for each. Only points on a line are worth choosing{}: the first line goes from {} to {}.{}",
+            if fronts.len() > 1 { " among those of the same context" } else { "" },
             ends.first().map_or("-", String::as_str),
-            ends.last().map_or("-", String::as_str)
+            ends.last().map_or("-", String::as_str),
+            left_out(more)
         );
-        figures.push(Figure { heading: None, title: Some(front.model.clone()), svg, legend: names(&series), caption });
+        figures.push(Figure { heading: None, title: Some(model), svg, legend: names(&series), caption });
     }
     Ok(figures)
 }

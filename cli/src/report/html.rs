@@ -28,21 +28,24 @@ figcaption { color: #444; font-size: .92rem; max-width: 900px; }
 .legend svg { display: inline-block; width: 14px; height: 14px; margin-right: .35rem; vertical-align: -2px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; margin: .5rem 0 1rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: #444; font-size: .92rem; padding-bottom: .35rem; }
+p.caption { color: #444; font-size: .92rem; margin: .8rem 0 .2rem; max-width: 900px; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e3e3e3; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #999; vertical-align: bottom; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td.n, th.n { text-align: right; }
+td.n { white-space: nowrap; }
+td:not(.n) { min-width: 7.5em; }
 td.why { color: #8a2b00; }
 tr.front td { background: #eef6ee; }
 footer { color: #666; font-size: .85rem; margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: .5rem; }
 @media print {
-  @page { margin: 14mm; }
+  @page { margin: 12mm; }
   body { max-width: none; margin: 0; padding: 0; font-size: 10.5pt; }
   figure, .answer, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   thead { display: table-header-group; }
   table { font-size: 7.6pt; }
-  th, td { padding: .15rem .35rem; }
+  th, td { padding: .15rem .3rem; }
+  td:not(.n) { min-width: 0; }
   .scroll { overflow: visible; }
 }
 ";
@@ -140,7 +143,7 @@ fn interval(i: Interval) -> [Cell; 2] {
 }
 
 fn table(caption: &str, header: &[(&str, bool)], rows: &[(Vec<Cell>, &str)]) -> String {
-    let mut out = format!("<div class=\"scroll\"><table>\n<caption>{}</caption>\n<thead><tr>", escape(caption));
+    let mut out = format!("<p class=\"caption\">{}</p>\n<div class=\"scroll\"><table>\n<thead><tr>", escape(caption));
     let class = |number: bool| if number { " class=\"n\"" } else { "" };
     for (text, number) in header {
         let _ = write!(out, "<th{}>{}</th>", class(*number), escape(text));
@@ -188,7 +191,6 @@ fn rows_table(report: &Study<'_>) -> String {
         ("experts in VRAM", true),
         ("gap", true),
         ("limited by", false),
-        ("bytes per token", false),
     ]);
     let on_front = |row: usize| report.pareto.iter().any(|f| f.rows.contains(&row));
     let mut possible = Vec::new();
@@ -204,23 +206,51 @@ fn rows_table(report: &Study<'_>) -> String {
             cells.push(figure(format!("{:.0} %", e.experts_in_vram * 100.0)));
             cells.push(figure(format!("{:.2} %", e.gap * 100.0)));
             cells.push(name(e.binding.clone()));
-            let traffic: Vec<String> = e.bytes_per_token.iter().map(|b| format!("{} {}", b.on, b.bytes)).collect();
-            cells.push(name(traffic.join(", ")));
             possible.push((cells, if on_front(row.row) { "front" } else { "" }));
         } else {
             cells.push(name(row.error.clone().unwrap_or_default()));
             impossible.push((cells, ""));
         }
     }
-    let caption = "Predictions of the best plan found for each combination. Green rows are on the Pareto front of their model: no other gives \
+    let caption = "Predictions of the best plan found for each combination. Green rows are on the Pareto front of their model and context: no other gives \
                    more to each user and more together. The gap says how much faster a better plan could be at most.";
     let mut out = if possible.is_empty() { String::new() } else { table(caption, &header, &possible) };
+    out += &traffic_table(report);
     if !impossible.is_empty() {
         let mut header = input_header(report);
         header.push(("why it does not work, and what would", false));
         out += &table("Combinations that cannot be planned.", &header, &impossible);
     }
     out
+}
+
+/// Bytes per token over every memory and link that any row uses.
+fn traffic_table(report: &Study<'_>) -> String {
+    let mut places: Vec<&str> = Vec::new();
+    for b in report.rows.iter().filter_map(|r| r.expected.as_ref()).flat_map(|e| &e.bytes_per_token) {
+        if !places.contains(&b.on.as_str()) {
+            places.push(&b.on);
+        }
+    }
+    let mut header = input_header(report);
+    header.extend(places.iter().map(|p| (*p, true)));
+    let rows: Vec<(Vec<Cell>, &str)> = report
+        .rows
+        .iter()
+        .filter_map(|row| {
+            let e = row.expected.as_ref()?;
+            let mut cells = inputs(report, row);
+            for place in &places {
+                let b = e.bytes_per_token.iter().find(|b| b.on == *place);
+                cells.push(figure(b.map_or_else(|| "-".into(), |b| b.bytes.to_string())));
+            }
+            Some((cells, ""))
+        })
+        .collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    table("Bytes that one generated token reads from each memory and moves over each link, on average.", &header, &rows)
 }
 
 /// Serving results of all rows, and ways of admission of the best one.

@@ -25,11 +25,13 @@ pub struct Study<'a> {
     pub axes: &'a [&'static str],
 }
 
-/// The Pareto front of one model.
+/// The Pareto front of one model, at one context: what is wanted is not chosen, only what it is wanted from.
 #[derive(Debug, Serialize)]
 pub struct Front {
     /// Model and format.
     pub model: String,
+    /// Positions that each sequence may reach.
+    pub context: u32,
     /// Rows by rising speed of each user.
     pub rows: Vec<usize>,
 }
@@ -146,4 +148,13 @@ pub fn label(axes: &[&'static str], p: &Point, with_model: bool) -> String {
 /// Axes with more than one value, in the study's order.
 pub fn axes(study: &tierwise_planner::capacity::Study, points: &[Point]) -> Vec<&'static str> {
     study.swept().into_iter().filter(|a| points.iter().any(|p| value(p, a) != value(&points[0], a))).collect()
+}
+
+/// A time for people.
+pub fn time(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-3 => format!("{:.0} us", s * 1e6),
+        s if s < 1.0 => format!("{:.0} ms", s * 1e3),
+        s => format!("{s:.2} s"),
+    }
 }

@@ -1,7 +1,7 @@
 //! Figures as inline SVG, drawn with plotters. Legends are left to the page: text beside a figure never covers it.
 
 use anyhow::{Result, anyhow};
-use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -73,16 +73,69 @@ fn tick(v: f64) -> String {
     let v = if v.abs() < 1e-12 { 0.0 } else { v };
     match v.abs() {
         0.0 => "0".into(),
+        a if a < 1e6 && (v - v.round()).abs() < 1e-9 => format!("{v:.0}"),
         a if a >= 10_000.0 => format!("{:.0}k", v / 1000.0),
-        a if a >= 100.0 || (v - v.round()).abs() < 1e-9 => format!("{v:.0}"),
+        a if a >= 100.0 => format!("{v:.0}"),
         a if a >= 1.0 => trimmed(format!("{v:.1}")),
-        a if a >= 0.01 => trimmed(format!("{v:.3}")),
+        a if a >= 0.001 => trimmed(format!("{v:.3}")),
         _ => format!("{v:.0e}"),
     }
 }
 
+/// Where an axis is labelled: at the values themselves when they are few and can be written, else at round numbers.
+fn ticks(values: &[f64], range: (f64, f64), log: bool) -> Vec<f64> {
+    let at = |v: f64| if log { v.ln() } else { v };
+    let mut own: Vec<f64> = values.to_vec();
+    own.sort_by(f64::total_cmp);
+    own.dedup();
+    let readable = own.iter().all(|v| tick(*v).parse::<f64>().is_ok_and(|t| (t - v).abs() < 1e-9 * v.abs().max(1.0)));
+    let apart = own.windows(2).all(|w| at(w[1]) - at(w[0]) > 0.05 * (at(range.1) - at(range.0)));
+    if (2..=10).contains(&own.len()) && readable && apart {
+        return own;
+    }
+    if log {
+        let (first, last) = (range.0.log10().floor() as i32, range.1.log10().ceil() as i32);
+        let steps: &[f64] = if last - first <= 3 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+        return (first..=last)
+            .flat_map(|d| steps.iter().map(move |m| m * 10_f64.powi(d)))
+            .filter(|v| (range.0..=range.1).contains(v))
+            .collect();
+    }
+    let rough = (range.1 - range.0) / 6.0;
+    let decade = 10_f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * decade).find(|s| *s >= rough).unwrap_or(rough);
+    let first = (range.0 / step).ceil() as i64;
+    (first..).map(|i| i as f64 * step).take_while(|v| *v <= range.1).collect()
+}
+
 fn trimmed(text: String) -> String {
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_string() } else { text }
+}
+
+/// An axis: linear or logarithmic, labelled where it is told to be.
+struct Scale {
+    range: (f64, f64),
+    ticks: Vec<f64>,
+    log: bool,
+}
+
+impl Ranged for Scale {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        let at = |v: f64| if self.log { v.max(f64::MIN_POSITIVE).ln() } else { v };
+        let share = (at(*value) - at(self.range.0)) / (at(self.range.1) - at(self.range.0));
+        limit.0 + (share * f64::from(limit.1 - limit.0)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        if hint.weight().allow_light_points() { Vec::new() } else { self.ticks.clone() }
+    }
+
+    fn range(&self) -> std::ops::Range<f64> {
+        self.range.0..self.range.1
+    }
 }
 
 /// Points, lines and intervals over two axes.
@@ -93,21 +146,9 @@ pub fn chart(axes: &Axes<'_>, series: &[Series], size: (u32, u32)) -> Result<Str
         points.chain(series.iter().flat_map(|s| s.ends.iter().flat_map(|e| [e.0, e.1]))).chain(axes.limit)
     };
     let (x, y) = (range(xs(), axes.log_x, false), range(ys(), axes.log_y, true));
-    match (axes.log_x, axes.log_y) {
-        (false, false) => draw(axes, series, size, x.0..x.1, y.0..y.1),
-        (true, false) => draw(axes, series, size, (x.0..x.1).log_scale(), y.0..y.1),
-        (false, true) => draw(axes, series, size, x.0..x.1, (y.0..y.1).log_scale()),
-        (true, true) => draw(axes, series, size, (x.0..x.1).log_scale(), (y.0..y.1).log_scale()),
-    }
-}
-
-fn draw<X, Y>(axes: &Axes<'_>, series: &[Series], size: (u32, u32), x: X, y: Y) -> Result<String>
-where
-    X: AsRangedCoord<Value = f64>,
-    Y: AsRangedCoord<Value = f64>,
-    X::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
-    Y::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
-{
+    let x_ends = x;
+    let x = Scale { ticks: ticks(&xs().collect::<Vec<_>>(), x, axes.log_x), range: x, log: axes.log_x };
+    let y = Scale { ticks: ticks(&[], y, axes.log_y), range: y, log: axes.log_y };
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
@@ -122,8 +163,6 @@ where
             .configure_mesh()
             .x_desc(axes.x)
             .y_desc(axes.y)
-            .x_labels(8)
-            .y_labels(7)
             .x_label_formatter(&|v| tick(*v))
             .y_label_formatter(&|v| tick(*v))
             .label_style((FONT, 14, &INK))
@@ -134,8 +173,7 @@ where
             .draw()
             .map_err(failed)?;
         if let Some(limit) = axes.limit {
-            let x_range = chart.x_range();
-            let ends = [(x_range.start, limit), (x_range.end, limit)];
+            let ends = [(x_ends.0, limit), (x_ends.1, limit)];
             chart.draw_series(DashedLineSeries::new(ends, 6, 4, INK.stroke_width(1))).map_err(failed)?;
         }
         for (i, s) in series.iter().enumerate() {

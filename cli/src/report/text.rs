@@ -24,7 +24,7 @@ pub fn describe(report: &Study<'_>, answer: &[String]) -> String {
             format!("{} to {}", number(each.low), number(each.high)),
             number(e.decode_tokens_per_s.value),
             number(e.prefill_tokens_per_s.value),
-            format!("{} s", number(e.ttft_s.value)),
+            super::time(e.ttft_s.value),
             e.vram_used.to_string(),
             e.binding.clone(),
         ]);
@@ -42,7 +42,7 @@ pub fn describe(report: &Study<'_>, answer: &[String]) -> String {
             let mut cells: Vec<String> = axes.iter().map(|a| value(&r.inputs, a)).collect();
             cells.push(s.limit.as_ref().map_or_else(|| "none".into(), |l| format!("{:.3}", l.rate_per_s)));
             cells.push(s.limit.as_ref().map_or_else(|| "-".into(), |l| format!("{:.1}", l.metrics.users)));
-            cells.push(format!("{} s", number(s.alone.ttft_s.p90)));
+            cells.push(super::time(s.alone.ttft_s.p90));
             cells.push(if s.alone.tpot_s.p90 > 0.0 { number(1.0 / s.alone.tpot_s.p90) } else { "-".into() });
             Some(cells)
         })
