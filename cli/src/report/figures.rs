@@ -164,7 +164,7 @@ fn speed_bars(report: &Study<'_>, model: String, rows: &[&Row]) -> Result<Figure
         })
         .collect();
     let more = all.len().saturating_sub(MOST);
-    let svg = plots::bars(&all[..all.len() - more], 0)?;
+    let svg = plots::bars(&all[..all.len() - more], 0, 0.0)?;
     let caption = format!(
         "Decode tokens per second of each user. The thin line is the cost model's interval: overlapping ones cannot be told apart with \
          certainty.{}",
@@ -231,6 +231,8 @@ fn pareto(report: &Study<'_>) -> Result<Vec<Figure>> {
 
 fn marginals(report: &Study<'_>) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
+    // One scale for all, so that bars of different machines can be compared.
+    let largest = report.marginal.iter().flat_map(|m| &m.values).map(|v| v.gain_fraction).fold(0.0, f64::max);
     for m in report.marginal {
         let mut helpful: Vec<_> = m.values.iter().filter(|v| v.gain_fraction >= 5e-5).collect();
         helpful.sort_by(|a, b| b.gain_fraction.total_cmp(&a.gain_fraction));
@@ -244,12 +246,14 @@ fn marginals(report: &Study<'_>) -> Result<Vec<Figure>> {
                 text: format!("{:+.2} %  ({:+.3} tok/s)", v.gain_fraction * 100.0, v.gain),
             })
             .collect();
-        let svg = if bars.is_empty() { String::new() } else { plots::bars(&bars, 1)? };
+        let svg = if bars.is_empty() { String::new() } else { plots::bars(&bars, 1, largest)? };
         let caption = if bars.is_empty() {
             format!("Nothing helps by itself: {}.", idle.join(", "))
         } else {
             let nothing = if idle.is_empty() { String::new() } else { format!(" Without effect: {}.", idle.join(", ")) };
-            format!("Gain in decode speed from one GiB or one GB/s more, each alone, with a new plan.{nothing}")
+            format!(
+                "Gain in decode speed from one GiB or one GB/s more, each alone, with a new plan; all such figures have one scale.{nothing}"
+            )
         };
         figures.push(Figure { heading: None, title: Some(m.label.clone()), svg, legend: Vec::new(), caption });
     }

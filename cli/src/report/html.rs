@@ -172,7 +172,11 @@ fn input_header(report: &Study<'_>) -> Vec<(&'static str, bool)> {
         .copied()
         .map(|a| {
             (
-                if super::numeric(p, a).is_some() && super::axis_word(a) != "" { super::axis_word(a) } else { axis_title(a) },
+                if super::numeric(p, a).is_some() && !super::axis_word(a).is_empty() {
+                    super::axis_word(a)
+                } else {
+                    axis_title(a)
+                },
                 super::numeric(p, a).is_some(),
             )
         })
@@ -188,7 +192,8 @@ fn rows_table(report: &Study<'_>) -> String {
         ("prefill tok/s", true),
         ("first token s", true),
         ("VRAM used", true),
-        ("experts in VRAM", true),
+        ("experts resident in VRAM", true),
+        ("hit rate of slots", true),
         ("gap", true),
         ("limited by", false),
     ]);
@@ -204,6 +209,7 @@ fn rows_table(report: &Study<'_>) -> String {
             cells.push(figure(number(e.ttft_s.value)));
             cells.push(figure(e.vram_used.to_string()));
             cells.push(figure(format!("{:.0} %", e.experts_in_vram * 100.0)));
+            cells.push(figure(e.hit_rate.map_or_else(|| "-".into(), |h| format!("{:.0} %", h.value * 100.0))));
             cells.push(figure(format!("{:.2} %", e.gap * 100.0)));
             cells.push(name(e.binding.clone()));
             possible.push((cells, if on_front(row.row) { "front" } else { "" }));

@@ -208,16 +208,18 @@ pub struct Bar {
     pub text: String,
 }
 
-/// Horizontal bars with their labels on the left.
-pub fn bars(list: &[Bar], series: usize) -> Result<String> {
+/// Horizontal bars with their labels on the left; `at_least` is the least value that the longest bar stands for, so that figures can
+/// share a scale.
+pub fn bars(list: &[Bar], series: usize, at_least: f64) -> Result<String> {
     const WIDTH: i32 = 900;
     const ROW: i32 = 30;
     let longest = list.iter().map(|b| b.label.chars().count()).max().unwrap_or(0) as i32;
     // 7.4 pixels: a little more than the mean width of a character at this size.
     let left = (longest * 74 / 10 + 16).min(WIDTH / 2);
     let height = 12 + ROW * list.len() as i32;
-    let largest = list.iter().map(|b| b.ends.map_or(b.value, |e| e.1).max(b.value)).fold(f64::MIN_POSITIVE, f64::max);
-    let room = f64::from(WIDTH - left - 150);
+    let largest =
+        list.iter().map(|b| b.ends.map_or(b.value, |e| e.1).max(b.value)).fold(at_least.max(f64::MIN_POSITIVE), f64::max);
+    let room = f64::from(WIDTH - left - 190);
     let x = |v: f64| left + (v.max(0.0) / largest * room).round() as i32;
     let mut svg = String::new();
     {
@@ -254,7 +256,7 @@ mod tests {
     #[test]
     fn text_in_figures_is_escaped() {
         let bar = Bar { label: "<script>alert(1)</script>".into(), value: 1.0, ends: Some((0.5, 2.0)), text: "a & b".into() };
-        let svg = bars(&[bar], 0).unwrap();
+        let svg = bars(&[bar], 0, 0.0).unwrap();
         assert!(!svg.contains("<script>") && svg.contains("&lt;script&gt;") && svg.contains("a &amp; b"), "{svg}");
     }
 
