@@ -42,6 +42,11 @@ pub enum Command {
     /// Decide where every expert goes, and predict the speed.
     #[command(after_help = "Example:  tierwise plan qwen3-30b-a3b --machine rtx3090-24g-ddr4-64g --vram 12GiB -o plan.json")]
     Plan(PlanArgs),
+    /// Study machines one might buy: sweep machines, memory, links, contexts, batches, arrivals; with plots and marginal values.
+    #[command(
+        after_help = "Example:  tierwise capacity which-gpu -o report.html\n          tierwise capacity --model qwen3-30b-a3b --machine rtx4090-24g-ddr5-64g --vram 8GiB,12GiB,24GiB"
+    )]
+    Capacity(Box<crate::cmd::capacity::CapacityArgs>),
     /// Say why each expert of a plan is where it is.
     #[command(after_help = "Example:  tierwise explain plan.json")]
     Explain(ExplainArgs),

@@ -6,6 +6,7 @@ mod args;
 mod cmd;
 mod loaded;
 mod model;
+mod report;
 mod ui;
 
 use clap::Parser;

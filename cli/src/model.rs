@@ -96,3 +96,16 @@ pub fn cache_dir() -> Option<PathBuf> {
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
     Some(base.join("tierwise"))
 }
+
+/// The text of a study by file or name, and where it is from.
+pub fn study(name: &str) -> Result<(String, String)> {
+    text_of(Kind::Study, name)
+}
+
+/// The text of a trace of arriving requests: a file beside the study, any other file, or a built-in name.
+pub fn arrivals(name: &str, beside: Option<&Path>) -> Result<(String, String)> {
+    match beside.map(|dir| dir.join(name)).filter(|p| p.is_file()) {
+        Some(path) => text_of(Kind::Arrivals, &path.display().to_string()),
+        None => text_of(Kind::Arrivals, name),
+    }
+}

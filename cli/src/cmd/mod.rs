@@ -2,6 +2,7 @@
 
 mod bench;
 pub mod calibrate;
+pub mod capacity;
 mod demo;
 mod doctor;
 mod explain;
@@ -27,6 +28,7 @@ pub fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Doctor(args) => doctor::run(&args, ui),
         Command::Calibrate(args) => calibrate::run(&args, ui),
         Command::Plan(args) => plan::run(&args, ui),
+        Command::Capacity(args) => capacity::run(&args, ui),
         Command::Explain(args) => explain::run(&args, ui),
         Command::Predict(args) => predict::run(&args, ui),
         Command::Run(args) => run::run(&args, ui),

@@ -76,7 +76,8 @@ pub fn default_context(spec: &ModelSpec) -> u32 {
     spec.context_length.min(4096)
 }
 
-pub(super) fn solver(arg: SolverArg) -> SolverKind {
+/// The solver that a flag names.
+pub fn solver(arg: SolverArg) -> SolverKind {
     match arg {
         SolverArg::Auto => SolverKind::Auto,
         SolverArg::Greedy => SolverKind::Greedy,

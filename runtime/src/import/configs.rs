@@ -1,4 +1,4 @@
-//! Descriptions of models, machines and workloads by name: those in a folder of the user's, then those built into the binary.
+//! Descriptions of models, machines, workloads and studies by name: those in a folder of the user's, then those built into the binary.
 
 use crate::error::{Result, RuntimeError};
 use std::borrow::Cow;
@@ -15,6 +15,10 @@ pub enum Kind {
     Machine,
     /// `configs/workloads/*.toml`.
     Workload,
+    /// `configs/studies/*.toml`.
+    Study,
+    /// `configs/studies/data/*.csv`: traces of arriving requests.
+    Arrivals,
 }
 
 impl Kind {
@@ -24,6 +28,8 @@ impl Kind {
             Self::Model => MODELS,
             Self::Machine => MACHINES,
             Self::Workload => WORKLOADS,
+            Self::Study => STUDIES,
+            Self::Arrivals => ARRIVALS,
         }
     }
 
@@ -32,6 +38,8 @@ impl Kind {
             Self::Model => "models",
             Self::Machine => "machines",
             Self::Workload => "workloads",
+            Self::Study => "studies",
+            Self::Arrivals => "studies/data",
         }
     }
 
@@ -40,6 +48,15 @@ impl Kind {
             Self::Model => "model",
             Self::Machine => "machine",
             Self::Workload => "workload",
+            Self::Study => "study",
+            Self::Arrivals => "arrivals",
+        }
+    }
+
+    const fn extension(self) -> &'static str {
+        match self {
+            Self::Model | Self::Machine | Self::Workload | Self::Study => "toml",
+            Self::Arrivals => "csv",
         }
     }
 }
@@ -53,13 +70,13 @@ pub struct Found {
     pub text: Cow<'static, str>,
 }
 
-/// The description called `name` (case does not matter, `.toml` may be added): from `<configs_dir>/models` (or `machines`, `workloads`) if
-/// there is one, else built in.
+/// The description called `name` (case does not matter, its extension may be added): from `<configs_dir>/models` (or `machines`,
+/// `workloads`, `studies`, `studies/data`) if there is one, else built in.
 ///
 /// # Errors
 /// [`RuntimeError::BadRequest`] with the nearest names, or [`RuntimeError::Io`] for a file that cannot be read.
 pub fn find(kind: Kind, name: &str, configs_dir: Option<&Path>) -> Result<Found> {
-    let stem = stem(name);
+    let stem = stem(name, kind.extension());
     if let Some(folder) = configs_dir.map(|d| d.join(kind.folder())) {
         let entries = match std::fs::read_dir(&folder) {
             Ok(entries) => entries.filter_map(|e| e.ok().map(|e| e.path())).collect(),
@@ -67,7 +84,7 @@ pub fn find(kind: Kind, name: &str, configs_dir: Option<&Path>) -> Result<Found>
             Err(e) => return Err(RuntimeError::io("list", &folder, e)),
         };
         let same = |p: &&std::path::PathBuf| {
-            p.extension().is_some_and(|x| x == "toml")
+            p.extension().is_some_and(|x| x == kind.extension())
                 && p.file_stem().is_some_and(|s| s.to_string_lossy().to_lowercase() == stem)
         };
         if let Some(path) = entries.iter().find(same) {
@@ -85,9 +102,9 @@ pub fn find(kind: Kind, name: &str, configs_dir: Option<&Path>) -> Result<Found>
     })
 }
 
-fn stem(name: &str) -> String {
+fn stem(name: &str, extension: &str) -> String {
     let lower = name.to_lowercase();
-    lower.strip_suffix(".toml").unwrap_or(&lower).to_string()
+    lower.strip_suffix(extension).and_then(|n| n.strip_suffix('.')).unwrap_or(&lower).to_string()
 }
 
 /// The known names nearest to `wanted`, for a message.
