@@ -156,6 +156,16 @@ pub struct PlanningArgs {
     /// How to search.
     #[arg(long, value_enum, default_value_t = SolverArg::Auto)]
     pub solver: SolverArg,
+    /// Seconds that `--solver ilp` may take. [default: 60]
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub time_limit: Option<f64>,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(s) if (0.1..=86_400.0).contains(&s) => Ok(s),
+        _ => Err(format!("{text:?} is not a number of seconds from 0.1 to 86400")),
+    }
 }
 
 /// What to make fast.
@@ -173,6 +183,8 @@ pub enum ObjectiveArg {
 pub enum SolverArg {
     Auto,
     Greedy,
+    Local,
+    Ilp,
     Exhaustive,
 }
 
@@ -188,6 +200,9 @@ pub struct PlanArgs {
     /// Write the plan to this file.
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Also say what one more GiB of each memory and one more GB/s of each link would bring.
+    #[arg(long)]
+    pub marginal: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub trace: crate::cmd::plan_trace::TraceArgs,

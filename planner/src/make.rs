@@ -230,7 +230,8 @@ fn provenance(problem: &Problem<'_>, cost: &dyn CostModel, usage: &Usage) -> Vec
     for l in &problem.machine.links {
         list.push(sourced(format!("{}->{} bandwidth", l.from, l.to), &l.bandwidth));
     }
-    list.push(prior("cost model", cost.describe(), "published runs of other engines and machines"));
+    let (source, note) = cost.basis();
+    list.push(sourced("cost model".into(), &Sourced { value: cost.describe(), source, note: Some(note.into()) }));
     match &problem.request.popularity {
         Popularity::Uniform => list.push(prior("popularity of experts", "uniform".into(), "no trace was given")),
         Popularity::Shares(_) => list.push(Provenance {

@@ -28,7 +28,7 @@ fn model(name: &str) -> ModelSpec {
 }
 
 fn plan(spec: &ModelSpec, machine: &Machine) -> Result<Plan, PlanError> {
-    make_plan(&Problem::new(spec, machine, Request::default())?, &Roofline::default(), SolverKind::Auto)
+    make_plan(&Problem::new(spec, machine, Request::default())?, &Roofline::default(), SolverKind::Greedy)
 }
 
 /// The plan is one of this model on this machine, all experts are somewhere, and no memory holds more than it has.

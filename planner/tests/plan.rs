@@ -13,7 +13,7 @@ use tierwise_planner::explain::{explain, tier_table};
 use tierwise_planner::{Limits, Objective, Plan, PlanError, Problem, Request, SolverKind, Workload, make_plan};
 
 fn plan(spec: &ModelSpec, machine: &Machine, request: Request) -> Result<Plan, PlanError> {
-    make_plan(&Problem::new(spec, machine, request)?, &Roofline::default(), SolverKind::Auto)
+    make_plan(&Problem::new(spec, machine, request)?, &Roofline::default(), SolverKind::Greedy)
 }
 
 fn limits(vram: Option<Bytes>, ram: Option<Bytes>) -> Request {

@@ -7,9 +7,15 @@ use crate::ui::{self, Ui, number};
 use anyhow::{Context, Result};
 use serde_json::json;
 use std::time::Instant;
-use tierwise_cost::cost::cost_model;
+use tierwise_cost::cost::{CostModel, cost_model};
+use tierwise_cost::machine::ProcessorKind;
 use tierwise_cost::model::ModelSpec;
+use tierwise_planner::baselines::best_whole_layers;
+use tierwise_planner::evaluate::{Prices, step_seconds};
 use tierwise_planner::explain::tier_table;
+use tierwise_planner::marginal::{Marginal, marginal_values};
+use tierwise_planner::predict::strategy::{LlamaCpp, best_n_cpu_moe};
+use tierwise_planner::price::Case;
 use tierwise_planner::{Limits, Objective, Plan, Problem, Request, SolverKind, make_plan};
 use tierwise_runtime::atomic_file::write_atomic;
 
@@ -22,9 +28,15 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
     let (machine, origin) = model::machine(args.planning.machine.as_deref(), None)?;
     ui.detail(format!("machine: {} ({origin})", machine.name));
     let started = Instant::now();
-    let problem = Problem::new(&spec, &machine, request(&args.planning, &spec)?)?;
-    let plan = make_plan(&problem, cost_model(&machine).as_ref(), solver(args.planning.solver))?;
+    let mut problem = Problem::new(&spec, &machine, request(&args.planning, &spec)?)?;
+    problem.time_limit_s = args.planning.time_limit;
+    let cost = cost_model(&machine);
+    let kind = solver(args.planning.solver);
+    let plan = make_plan(&problem, cost.as_ref(), kind)?;
     let solve_time_s = started.elapsed().as_secs_f64();
+    let engines = other_engines(&problem, cost.as_ref())?;
+    let marginal =
+        if args.marginal { marginal_values(&spec, &machine, &problem.request, &cost_model, kind)? } else { Vec::new() };
     if let Some(path) = &args.output {
         write_atomic(path, plan.to_json().as_bytes())?;
     }
@@ -34,14 +46,83 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
     value["solve_time_s"] = json!(solve_time_s);
     value["machine_origin"] = json!(origin);
     value["plan_file"] = json!(args.output);
+    value["other_engines"] = json!(engines);
+    value["marginal"] = json!(marginal);
     ui.result(&value, || {
         let mut text = describe(&plan, &spec, &origin);
+        text += &engines.describe();
+        if !marginal.is_empty() {
+            text += &describe_marginal(&marginal);
+        }
         text += &format!("\nmade in {} ms by {}: {}\n", number(solve_time_s * 1e3), plan.solver, plan.solver_reason);
         if let Some(path) = &args.output {
             text += &format!("written to {}\n", path.display());
         }
         text
     })
+}
+
+/// What llama.cpp would do with the same bytes: whole layers of experts on the CPU (`--n-cpu-moe N`).
+#[derive(Debug, serde::Serialize)]
+struct OtherEngines {
+    /// The best whole-layer placement under this plan's own prices: what placing single experts is worth.
+    whole_layers_same_prices: Option<WholeLayers>,
+    /// llama.cpp itself, by the model fitted to published runs.
+    llama_cpp: Option<LlamaCpp>,
+}
+
+/// A whole-layer placement.
+#[derive(Debug, serde::Serialize)]
+struct WholeLayers {
+    n_cpu_moe: usize,
+    decode_tokens_per_s: f64,
+}
+
+fn other_engines(problem: &Problem<'_>, cost: &dyn CostModel) -> Result<OtherEngines> {
+    let has_gpu = problem.machine.processors_of(ProcessorKind::Gpu).next().is_some();
+    let whole = if has_gpu {
+        let prices = Prices::new(problem, cost, Case::Expected);
+        best_whole_layers(problem, &prices)?.map(|(n_cpu_moe, placement)| WholeLayers {
+            n_cpu_moe,
+            decode_tokens_per_s: f64::from(problem.request.batch) / step_seconds(&prices.decode, &placement),
+        })
+    } else {
+        None
+    };
+    Ok(OtherEngines {
+        whole_layers_same_prices: whole,
+        llama_cpp: best_n_cpu_moe(problem.spec, problem.machine, &problem.request),
+    })
+}
+
+impl OtherEngines {
+    fn describe(&self) -> String {
+        let mut text = String::new();
+        if let Some(w) = &self.whole_layers_same_prices {
+            text += &format!(
+                "whole layers instead (llama.cpp's --n-cpu-moe {}), same prices: {} tokens/s decode\n",
+                w.n_cpu_moe,
+                number(w.decode_tokens_per_s)
+            );
+        }
+        if let Some(l) = &self.llama_cpp {
+            text += &format!(
+                "llama.cpp with --n-cpu-moe {}, by its published runs: {} tokens/s ({} to {})\n",
+                l.n_cpu_moe,
+                number(l.decode.tps),
+                number(l.decode.low),
+                number(l.decode.high)
+            );
+        }
+        text
+    }
+}
+
+fn describe_marginal(rows: &[Marginal]) -> String {
+    let rows = rows
+        .iter()
+        .map(|m| vec![m.what.clone(), format!("{} to {}", number(m.before), number(m.after)), ui::percent(m.gain_fraction)]);
+    format!("\nWhat more would bring (planned anew)\n{}\n", ui::table(&["", "decode tokens/s", "gain"], rows, false))
 }
 
 /// The workload, changed by the flags; without one the context defaults to what the model can take.
@@ -81,6 +162,8 @@ pub fn solver(arg: SolverArg) -> SolverKind {
     match arg {
         SolverArg::Auto => SolverKind::Auto,
         SolverArg::Greedy => SolverKind::Greedy,
+        SolverArg::Local => SolverKind::Local,
+        SolverArg::Ilp => SolverKind::Ilp,
         SolverArg::Exhaustive => SolverKind::Exhaustive,
     }
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use tierwise_cost::cost::{CostModel, Roofline};
+use tierwise_cost::cost::{CostModel, cost_model};
 use tierwise_cost::machine::{Machine, MemoryKind};
 use tierwise_cost::model::ModelSpec;
 use tierwise_cost::units::Bytes;
@@ -65,11 +65,12 @@ pub fn run(args: &PlanArgs, path: &Path, ui: &Ui) -> Result<()> {
     let options =
         TraceOptions { train_fraction: args.trace.train_fraction, scenarios: args.trace.scenarios, seed: args.trace.seed };
     let evidence = Evidence::new(&spec, request.batch, &trace, options).with_context(|| path.display().to_string())?;
-    let cost = Roofline::default();
+    let cost = cost_model(&machine);
     let kind = solver(args.planning.solver);
     let started = Instant::now();
-    let problem = evidence.problem(&spec, &machine, &request)?;
-    let plan = plan_from_evidence(&problem, &cost, kind, &evidence)?.plan;
+    let mut problem = evidence.problem(&spec, &machine, &request)?;
+    problem.time_limit_s = args.planning.time_limit;
+    let plan = plan_from_evidence(&problem, cost.as_ref(), kind, &evidence)?.plan;
     let solve_time_s = started.elapsed().as_secs_f64();
     if let Some(file) = &args.output {
         write_atomic(file, plan.to_json().as_bytes())?;
@@ -77,7 +78,7 @@ pub fn run(args: &PlanArgs, path: &Path, ui: &Ui) -> Result<()> {
     let comparisons = match args.trace.compare {
         None => Vec::new(),
         Some(n) => comparisons(
-            &Setting { spec: &spec, machine: &machine, request: &request, evidence: &evidence, cost: &cost, kind },
+            &Setting { spec: &spec, machine: &machine, request: &request, evidence: &evidence, cost: cost.as_ref(), kind },
             n,
             ui,
         )?,

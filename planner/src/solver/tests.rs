@@ -115,7 +115,7 @@ fn relaxation_below_search_above_integer_program_at_the_optimum() {
         let prices = Prices::new(&problem, &Roofline::default(), Case::Expected);
         let (best, _) = brute_force(&problem, &prices);
         let form = prices.forms(&problem).remove(0);
-        let start = super::greedy::starts(&problem, &form).into_iter().find(|p| p.layers.iter().all(|l| l.slots == 0)).unwrap();
+        let start = greedy::starts(&problem, &form).into_iter().find(|p| p.layers.iter().all(|l| l.slots == 0)).unwrap();
         let lp = Linear::new(&problem, &form, &start).unwrap();
         let tier_of: Vec<Vec<u8>> = start.layers.iter().map(|l| l.tier_of.clone()).collect();
         // The program's value of whole experts is the judge's.
@@ -125,7 +125,7 @@ fn relaxation_below_search_above_integer_program_at_the_optimum() {
         let relaxed = relax(&lp, &tier_of, Effort { work: 3e8, close: 1e-5 });
         assert!(relaxed.bound_s <= best * (1.0 + 1e-9), "bound {} above the optimum {best}", relaxed.bound_s);
         worst_bound = worst_bound.max(best / relaxed.bound_s);
-        let found = super::local::search(&lp, &relaxed, tier_of, 1e8).unwrap();
+        let found = local::search(&lp, &relaxed, tier_of, 1e8).unwrap();
         let found = prices.objective(&problem, &lp.placement(&problem, &found));
         assert!(found >= best * (1.0 - 1e-9), "search {found} better than all {best}");
         worst_search = worst_search.max(found / best);
