@@ -33,7 +33,7 @@ fn rows(c: &mut Criterion) {
     });
     let request = Request::default();
     c.bench_function("marginal values", |b| {
-        b.iter(|| marginal_values(&spec, &m, &request, &roofline, SolverKind::Auto).unwrap())
+        b.iter(|| marginal_values(&spec, &m, &request, &roofline, SolverKind::Auto).unwrap());
     });
 }
 

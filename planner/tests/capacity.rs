@@ -221,7 +221,7 @@ fn step_times_are_those_of_the_plan() {
         let exact = decode_seconds(&mut problem, &placement, &cost, Case::Expected, batch, past);
         worst = worst.max((table.seconds(batch, f64::from(past), &[]) / exact - 1.0).abs());
     }
-    let mut problem = Problem::new(&spec, &m, plan.request.clone()).unwrap();
+    let mut problem = Problem::new(&spec, &m, plan.request).unwrap();
     for (tokens, past) in [(5, 0), (39, 900), (77, 0), (300, 3000), (400, 100), (511, 1111)] {
         let exact = prompt_seconds(&mut problem, &placement, &cost, Case::Expected, tokens, past);
         worst = worst.max((table.seconds(0, 0.0, &[Chunk { tokens, past }]) / exact - 1.0).abs());
@@ -288,7 +288,7 @@ fn an_upgrade_never_harms_and_is_worth_what_a_new_plan_says() {
     assert!(of("+1 GiB VRAM").gain > 0.0);
     assert_eq!(of("+1 GiB DRAM").gain, 0.0, "all experts fit without it");
     assert!(of("+1 GB/s dram0").gain > 0.0, "CPU experts are read from it");
-    let more = Request { limits: Limits { vram: Some(Bytes::gib(13)), ..limits }, ..request.clone() };
+    let more = Request { limits: Limits { vram: Some(Bytes::gib(13)), ..limits }, ..request };
     let problem = Problem::new(&spec, &m, more).unwrap();
     let plan = make_plan(&problem, &Roofline::default(), SolverKind::Greedy).unwrap();
     let speed = plan.predicted.decode_tokens_per_s.value;
