@@ -219,6 +219,8 @@ pub fn marginal_values(
     cost: &CostFactory<'_>,
     solver: SolverKind,
 ) -> Result<Vec<Marginal>, PlanError> {
+    // A calibration's samples say nothing about a faster machine: both are priced by rates.
+    let machine = &Machine { calibration: None, ..machine.clone() };
     let before = planned(spec, machine, request.clone(), cost, solver, None)?;
     let tokens_per_s = |p: &Planned| f64::from(request.batch) / p.step_s;
     upgrades(machine, request.limits)
