@@ -3,7 +3,7 @@
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use common::{cached_plan, machine, qwen3_30b, tiny};
+use common::{cached_plan, machine, qwen3_30b, small_machine, tiny};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use tierwise_cost::cost::Roofline;
@@ -12,8 +12,9 @@ use tierwise_planner::engine::{Action, Demand, Engine, Input};
 use tierwise_planner::evaluate::Prices;
 use tierwise_planner::lower_bound::lower_bound;
 use tierwise_planner::price::Case;
+use tierwise_planner::routing::synthetic_scenarios;
 use tierwise_planner::sim::{Free, Trace, simulate};
-use tierwise_planner::solver::{Greedy, Solver};
+use tierwise_planner::solver::{Exhaustive, Greedy, Ilp, Local, Solver};
 use tierwise_planner::{Limits, Problem, Request, SolverKind, make_plan};
 
 fn planning(c: &mut Criterion) {
@@ -25,8 +26,43 @@ fn planning(c: &mut Criterion) {
     let placement = Greedy.solve(&problem, &prices).unwrap().placement;
     c.bench_function("evaluate", |b| b.iter(|| black_box(prices.objective(&problem, &placement))));
     c.bench_function("greedy", |b| b.iter(|| Greedy.solve(&problem, &prices).unwrap()));
+    c.bench_function("local search with proof, experts alike", |b| b.iter(|| Local::default().solve(&problem, &prices).unwrap()));
     c.bench_function("lower bound", |b| b.iter(|| lower_bound(&problem, &prices).unwrap()));
     c.bench_function("plan", |b| b.iter(|| make_plan(&problem, &Roofline::default(), SolverKind::Auto).unwrap()));
+}
+
+/// Solvers on sampled steps, and the integer program and the oracle on a problem small enough for them.
+fn solvers(c: &mut Criterion) {
+    let mut group = c.benchmark_group("solvers");
+    group.sample_size(10);
+    for batch in [1, 16] {
+        let (spec, m) = (qwen3_30b("Q4_K_M"), machine("rtx3090-24g-ddr4-64g"));
+        let limits = Limits { vram: Some(Bytes(12_000_000_000)), ..Limits::default() };
+        let problem = Problem::new(&spec, &m, Request { limits, batch, ..Request::default() }).unwrap();
+        let steps = synthetic_scenarios(48, 128, 8, batch, 32, 0.8, 7).unwrap();
+        let problem = problem.with_scenarios(steps).unwrap();
+        let prices = Prices::new(&problem, &Roofline::default(), Case::Expected);
+        let placement = Greedy.solve(&problem, &prices).unwrap().placement;
+        group.bench_function(format!("evaluate, 32 steps of batch {batch}"), |b| {
+            b.iter(|| black_box(prices.objective(&problem, &placement)));
+        });
+        group.bench_function(format!("greedy, 32 steps of batch {batch}"), |b| {
+            b.iter(|| Greedy.solve(&problem, &prices).unwrap())
+        });
+        group.bench_function(format!("local, 32 steps of batch {batch}"), |b| {
+            b.iter(|| Local::default().solve(&problem, &prices).unwrap());
+        });
+    }
+    let (spec, m) = (tiny(2, 4, 2), small_machine(8 << 30, 64 << 30, 0));
+    let limits = Limits { vram: Some(Bytes(700 << 20)), ..Limits::default() };
+    let request = Request { context: 64, prompt_tokens: 16, chunk_tokens: 16, limits, ..Request::default() };
+    let problem = Problem::new(&spec, &m, request).unwrap();
+    let prices = Prices::new(&problem, &Roofline::default(), Case::Expected);
+    group.bench_function("ilp, 2 layers of 4 experts", |b| b.iter(|| Ilp::default().solve(&problem, &prices).unwrap()));
+    group.bench_function("exhaustive, 2 layers of 4 experts", |b| {
+        b.iter(|| Exhaustive::default().solve(&problem, &prices).unwrap());
+    });
+    group.finish();
 }
 
 fn engine(c: &mut Criterion) {
@@ -69,5 +105,5 @@ fn simulator(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, planning, engine, simulator);
+criterion_group!(benches, planning, solvers, engine, simulator);
 criterion_main!(benches);

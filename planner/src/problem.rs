@@ -132,6 +132,16 @@ impl<'a> Problem<'a> {
         Ok(self)
     }
 
+    /// The same without cache slots: every expert is computed where it lies, always.
+    ///
+    /// # Errors
+    /// [`PlanError::ExpertsDoNotFit`] when memory that is computed from cannot hold them all.
+    pub fn without_caches(mut self) -> Result<Self, PlanError> {
+        self.tiers.retain(|t| t.through.is_none());
+        self.check_total(self.expert_bytes().0)?;
+        Ok(self)
+    }
+
     /// Index of a memory in the machine's list.
     pub fn memory_index(&self, id: &str) -> usize {
         index_of(self.machine, id)

@@ -7,10 +7,13 @@ use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use tierwise_cost::cost::Roofline;
+use tierwise_cost::model::{Geometry, ModelSpec};
+use tierwise_cost::recipe::Recipe;
 use tierwise_cost::units::Bytes;
 use tierwise_planner::evaluate::{Prices, usage};
 use tierwise_planner::lower_bound::lower_bound;
 use tierwise_planner::price::Case;
+use tierwise_planner::routing::synthetic_scenarios;
 use tierwise_planner::solver::{Exhaustive, Greedy, Ilp, Local, Solver};
 use tierwise_planner::{Limits, Objective, PlanError, Popularity, Problem, Request};
 
@@ -163,5 +166,28 @@ fn real_models_come_within_a_thousandth_of_their_bound() {
         assert!(bound.seconds <= value && (value - bound.seconds) / value < 2e-3, "{name}: {value} {}", bound.seconds);
         let greedy = prices.objective(&problem, &Greedy.solve(&problem, &prices).unwrap().placement);
         assert!(value <= greedy);
+    }
+}
+
+/// DeepSeek-V3, 58 layers of 256 experts, over GPU, two sockets and CXL memory, 32 sampled steps of Zipf routing.
+#[test]
+fn deepseek_v3_over_four_tiers() {
+    let geometry = Geometry::from_toml(&common::config("models/deepseek-v3.toml")).unwrap();
+    let spec = ModelSpec::with_recipe(geometry, &Recipe::by_name("Q4_K_M").unwrap()).unwrap();
+    let four = common::machine("xeon-2s-cxl-l40s-1t");
+    let one_socket = common::machine("epyc-12ch-ddr5-rtx4090");
+    let gib = |n: u64| Some(Bytes(n << 30));
+    for (machine, batch, vram, ram, most) in [(&four, 32, gib(44), gib(256), 8e-3), (&one_socket, 1, None, None, 1e-3)] {
+        let limits = Limits { vram, ram, ..Limits::default() };
+        let problem = Problem::new(&spec, machine, Request { batch, limits, ..Request::default() }).unwrap();
+        let scenarios = synthetic_scenarios(58, 256, 8, batch, 32, 0.8, 7).unwrap();
+        let problem = problem.without_caches().unwrap().with_scenarios(scenarios).unwrap();
+        let prices = Prices::new(&problem, &Roofline::default(), Case::Expected);
+        let local = Local::default().solve(&problem, &prices).unwrap();
+        usage(&problem, &local.placement).unwrap();
+        let (value, bound) = (prices.objective(&problem, &local.placement), local.bound.unwrap().seconds);
+        let gap = (value - bound) / value;
+        println!("{} tiers, batch {batch}: {value:.5} s, bound {bound:.5} s, gap {:.3} %", problem.tiers.len(), gap * 100.0);
+        assert!(gap >= -1e-9 && gap <= most, "{value} {bound}");
     }
 }

@@ -398,10 +398,9 @@ impl<'a> CountLayer<'a> {
                 mix.per_expert[t] += weight * w[tier.processor] * (active * tier.expert_s + sync);
                 let copy_s = weight * w[p.sync_s.len() + tier.link] * active * tier.copy_s;
                 match tier.copies {
-                    Copies::Never => {}
                     Copies::Always => mix.per_expert[t] += copy_s,
                     Copies::Misses if self.through[t] == cache => per_copy = per_copy.min(copy_s),
-                    Copies::Misses => {}
+                    Copies::Misses | Copies::Never => {}
                 }
             }
             mix.per_copy.push(if per_copy.is_finite() { per_copy } else { 0.0 });
@@ -427,9 +426,9 @@ impl<'a> CountLayer<'a> {
             counts[t] += more;
         }
         left = self.num_experts - counts.iter().sum::<u32>();
-        for t in 0..counts.len() {
-            let more = (r.hi[t] - counts[t]).min(left);
-            counts[t] += more;
+        for (n, most) in counts.iter_mut().zip(&r.hi) {
+            let more = (most - *n).min(left);
+            *n += more;
             left -= more;
         }
         let cached: u32 = (0..counts.len()).filter(|t| self.through[*t].is_some()).map(|t| counts[t]).sum();

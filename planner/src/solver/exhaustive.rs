@@ -54,7 +54,7 @@ pub(super) fn layer_options(problem: &Problem<'_>, index: usize) -> Vec<LayerPla
         caches.sort_unstable();
         caches.dedup();
         // A layer's slots are in one memory.
-        let slots = if caches.len() > 1 { 1..=0 } else { cached.min(1)..=cached };
+        let slots = (caches.len() <= 1).then_some(cached.min(1)..=cached).into_iter().flatten();
         options.extend(slots.map(|slots| LayerPlacement { tier_of: tier_of.clone(), slots }));
         if !advance(&mut tier_of, problem.tiers.len() as u8) {
             return options;

@@ -256,7 +256,7 @@ impl Ilp {
         }
         let solution = problem.solve().map_err(|e| failed(e.to_string()))?;
         let values = p.columns.iter().map(|x| solution.value(*x)).collect();
-        let stats = solution.into_inner().stats().clone();
+        let stats = solution.into_inner().stats();
         Ok(Solved { values, bound: stats.best_bound.filter(|b| b.is_finite()) })
     }
 }

@@ -261,9 +261,8 @@ impl Method {
                 onto_simplex(row, step.weight);
             }
         }
-        for m in 0..lp.room.len() {
-            let over = (used[m] - lp.room[m]) / lp.room[m].max(1.0);
-            z.lambda[m] = (z.lambda[m] + self.omega * self.sigma_room[m] * over).max(0.0);
+        for (((price, used), room), length) in z.lambda.iter_mut().zip(used).zip(&lp.room).zip(&self.sigma_room) {
+            *price = (*price + self.omega * length * (used - room) / room.max(1.0)).max(0.0);
         }
     }
 
