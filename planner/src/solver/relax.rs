@@ -324,9 +324,9 @@ impl Method {
         let mut loads = [0.0; MAX_ROW];
         for ((layer, x), rows) in lp.layers.iter().zip(&z.x).zip(&self.layouts) {
             for xe in x.chunks_exact(t) {
-                for k in 0..t {
-                    for (m, bytes) in &layer.uses[k] {
-                        used[*m] += xe[k] * bytes;
+                for (share, uses) in xe.iter().zip(&layer.uses) {
+                    for (m, bytes) in uses {
+                        used[*m] += share * bytes;
                     }
                 }
             }

@@ -24,6 +24,9 @@ struct Move {
     delta: f64,
 }
 
+/// Moves done together: (layer, expert, tier to go to).
+type Moves = Vec<(usize, usize, usize)>;
+
 /// The search's state.
 pub(super) struct Search<'a> {
     lp: &'a Linear,
@@ -192,7 +195,7 @@ impl<'a> Search<'a> {
         /// Layers looked at for each pair of tiers.
         const FEW: usize = 6;
         let lowest: Vec<Vec<(usize, Move)>> = (0..t * t).map(|pair| lowest(best, pair, FEW)).collect();
-        let mut offers: Vec<(f64, Vec<(usize, usize, usize)>)> = Vec::new();
+        let mut offers: Vec<(f64, Moves)> = Vec::new();
         for (pair, moves) in lowest.iter().enumerate() {
             let (from, to) = (pair / t, pair % t);
             for (l1, m1) in moves.iter().filter(|(_, m)| m.delta < -least) {
