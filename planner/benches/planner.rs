@@ -47,7 +47,7 @@ fn solvers(c: &mut Criterion) {
             b.iter(|| black_box(prices.objective(&problem, &placement)));
         });
         group.bench_function(format!("greedy, 32 steps of batch {batch}"), |b| {
-            b.iter(|| Greedy.solve(&problem, &prices).unwrap())
+            b.iter(|| Greedy.solve(&problem, &prices).unwrap());
         });
         group.bench_function(format!("local, 32 steps of batch {batch}"), |b| {
             b.iter(|| Local::default().solve(&problem, &prices).unwrap());
