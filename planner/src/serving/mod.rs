@@ -1,7 +1,7 @@
 //! Requests that arrive over time: continuous batching with keys and values and experts sharing the memory.
 //!
 //! * [`arrivals`]: traces of requests; [`steps`]: seconds of a step, from the plan's prices at the step's own batch and positions.
-//! * [`memory`]: bytes of keys and values; [`admission`]: who may start; [`simulate`]: the virtual clock.
+//! * [`memory`]: bytes of keys and values; [`admission`]: who may start; [`mod@simulate`]: the virtual clock.
 //! * [`metrics`]: what a user feels; [`load`]: how much load a plan carries under limits on it, in one sentence.
 //!
 //! Metrics and admission follow algorithms §9; definitions stand where they are computed.
