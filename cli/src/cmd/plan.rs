@@ -34,7 +34,7 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
     let kind = solver(args.planning.solver);
     let plan = make_plan(&problem, cost.as_ref(), kind)?;
     let solve_time_s = started.elapsed().as_secs_f64();
-    let engines = other_engines(&problem, cost.as_ref())?;
+    let engines = other_engines(&problem, cost.as_ref());
     let marginal =
         if args.marginal { marginal_values(&spec, &machine, &problem.request, &cost_model, kind)? } else { Vec::new() };
     if let Some(path) = &args.output {
@@ -78,21 +78,17 @@ struct WholeLayers {
     decode_tokens_per_s: f64,
 }
 
-fn other_engines(problem: &Problem<'_>, cost: &dyn CostModel) -> Result<OtherEngines> {
+fn other_engines(problem: &Problem<'_>, cost: &dyn CostModel) -> OtherEngines {
     let has_gpu = problem.machine.processors_of(ProcessorKind::Gpu).next().is_some();
-    let whole = if has_gpu {
-        let prices = Prices::new(problem, cost, Case::Expected);
-        best_whole_layers(problem, &prices)?.map(|(n_cpu_moe, placement)| WholeLayers {
-            n_cpu_moe,
-            decode_tokens_per_s: f64::from(problem.request.batch) / step_seconds(&prices.decode, &placement),
-        })
-    } else {
-        None
-    };
-    Ok(OtherEngines {
-        whole_layers_same_prices: whole,
-        llama_cpp: best_n_cpu_moe(problem.spec, problem.machine, &problem.request),
-    })
+    let prices = Prices::new(problem, cost, Case::Expected);
+    // An error says that whole layers do not apply here: no GPU leads, or memory cannot hold them without a disk.
+    let best = if has_gpu { best_whole_layers(problem, &prices).ok().flatten() } else { None };
+    let whole = best.map(|(n_cpu_moe, placement)| WholeLayers {
+        n_cpu_moe,
+        decode_tokens_per_s: f64::from(problem.request.batch) / step_seconds(&prices.decode, &placement),
+    });
+    let llama_cpp = best_n_cpu_moe(problem.spec, problem.machine, &problem.request);
+    OtherEngines { whole_layers_same_prices: whole, llama_cpp }
 }
 
 impl OtherEngines {
