@@ -155,11 +155,10 @@ impl Ilp {
         form: &Weights<'_>,
     ) -> Result<(Placement, Bound, String), PlanError> {
         let heuristic = Local::default().solve(problem, prices)?;
-        let told_apart = form.iter().flat_map(|(_, t)| &t.classes).any(|c| c.active.windows(2).any(|p| p[0] != p[1]));
         let binaries = problem.layers.iter().map(|l| l.num_experts as usize).sum::<usize>() * problem.tiers.len();
         let refuse =
             |what: &'static str| PlanError::TooLarge { solver: what, states: binaries as f64, limit: MAX_BINARIES as f64 };
-        if !told_apart {
+        if !super::tells_experts_apart(form) {
             // Columns of whole layers are this program already, without its symmetries.
             let bound = heuristic.bound.ok_or_else(|| refuse("ilp"))?;
             return Ok((heuristic.placement, bound, "no trace: columns of whole layers".into()));

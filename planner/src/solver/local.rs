@@ -74,8 +74,7 @@ impl Solver for Local {
 impl Local {
     /// Placements found from every cache size that greedy tries, and a bound over them.
     fn by_steps(&self, problem: &Problem<'_>, form: &Weights<'_>) -> Option<(Vec<Placement>, Bound)> {
-        let by_steps = form.iter().flat_map(|(_, t)| &t.classes).any(|c| c.active.windows(2).any(|p| p[0] != p[1]));
-        if !by_steps {
+        if !super::tells_experts_apart(form) {
             return None;
         }
         let means: Vec<_> = form.iter().map(|(w, t)| (*w, t.without_steps())).collect();

@@ -21,7 +21,7 @@ pub use ilp::Ilp;
 pub use local::Local;
 
 use crate::error::PlanError;
-use crate::evaluate::{Placement, Prices};
+use crate::evaluate::{Placement, Prices, Weights};
 use crate::problem::Problem;
 
 /// Most tiers that the convex program handles.
@@ -94,6 +94,11 @@ pub trait Solver {
     /// # Errors
     /// When there is none, or the problem is too large for this solver.
     fn solve(&self, problem: &Problem<'_>, prices: &Prices) -> Result<Solution, PlanError>;
+}
+
+/// Experts of a layer differ in activity, so that which ones are where matters, not only how many.
+fn tells_experts_apart(form: &Weights<'_>) -> bool {
+    form.iter().flat_map(|(_, table)| &table.classes).any(|class| class.active.windows(2).any(|p| p[0] != p[1]))
 }
 
 /// Runs the wanted solver.
