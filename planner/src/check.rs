@@ -22,6 +22,15 @@ pub struct Executor {
     pub kind: ProcessorKind,
 }
 
+/// Slots of equal size in one memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    /// Number of slots; 0 in layers that load nothing.
+    pub slots: u32,
+    /// Bytes of one slot.
+    pub slot_bytes: Bytes,
+}
+
 /// A plan that holds together. Made by [`Plan::check`] only.
 #[derive(Debug, Clone)]
 pub struct CheckedPlan {
@@ -324,6 +333,19 @@ impl CheckedPlan {
     /// Bytes of one expert of a layer.
     pub fn expert_bytes(&self, layer: u32) -> Bytes {
         self.layer(layer).map_or(Bytes::ZERO, |i| self.plan.layers[i].expert_bytes)
+    }
+
+    /// The pools of cache slots: one per layer with routed experts, in order.
+    pub fn pools(&self) -> Vec<Pool> {
+        self.plan.layers.iter().map(|l| Pool { slots: l.slots, slot_bytes: l.expert_bytes }).collect()
+    }
+
+    /// The pool in which the slots of `layer` are.
+    ///
+    /// # Panics
+    /// If the layer has no routed experts.
+    pub fn pool_of(&self, layer: u32) -> u32 {
+        self.layer(layer).expect("a layer with routed experts") as u32
     }
 
     /// Bytes of all slots of all layers.

@@ -7,11 +7,13 @@ use proptest::prelude::*;
 use std::collections::HashMap;
 use tierwise_cost::units::Nanos;
 use tierwise_planner::CheckedPlan;
-use tierwise_planner::engine::{Action, Demand, Engine, ExecutorId, ExpertKey, Input, Location, MAX_RETRIES, TierId};
+use tierwise_planner::engine::{
+    Action, Demand, Engine, ExecutorId, ExpertKey, Input, Location, MAX_RETRIES, Purpose, SlotId, TierId,
+};
 use tierwise_planner::sim::{Free, Trace, replay, simulate};
 
 fn demand(step: u64, layer: u32, experts: &[u32]) -> Input {
-    Input::Routed(Demand { step, layer, experts: experts.iter().map(|e| (*e, 1)).collect() })
+    Input::Routed(Demand { step, layer, experts: experts.iter().map(|e| (*e, 1)).collect(), tokens: 1, scores: Vec::new() })
 }
 
 fn drain(engine: &mut Engine) -> Vec<Action> {
@@ -21,6 +23,11 @@ fn drain(engine: &mut Engine) -> Vec<Action> {
 fn tell(engine: &mut Engine, input: Input) -> Vec<Action> {
     engine.handle(Nanos(0), input);
     drain(engine)
+}
+
+/// Slot `index` of the first layer.
+const fn at(index: u32) -> SlotId {
+    SlotId { pool: 0, index }
 }
 
 fn key(expert: u32) -> ExpertKey {
@@ -37,31 +44,35 @@ fn a_trace_by_hand() {
     let plan = cached_plan(&spec, 0, 3);
     let bytes = plan.expert_bytes(0);
     let from = plan.tier_of(0, 0);
-    let load = |expert, slot| Action::Load { key: key(expert), slot, bytes, from };
+    let load = |expert, slot| Action::Load { key: key(expert), slot: at(slot), bytes, from, purpose: Purpose::Demand };
     let mut e = Engine::new(&plan);
     // Three misses into empty slots: one atomic set, nothing to evict.
     assert_eq!(tell(&mut e, demand(7, 0, &[1, 4, 6])), [load(1, 0), load(4, 1), load(6, 2)]);
     // The first that arrives is computed at once; the others wait for the executor and go together.
-    assert_eq!(tell(&mut e, Input::Loaded { key: key(4), slot: 1 }), [compute(0, &[(4, Location::Slot(1))])]);
-    assert_eq!(tell(&mut e, Input::Loaded { key: key(1), slot: 0 }), []);
-    assert_eq!(tell(&mut e, Input::Loaded { key: key(6), slot: 2 }), []);
+    assert_eq!(tell(&mut e, Input::Loaded { key: key(4), slot: at(1) }), [compute(0, &[(4, Location::Slot(at(1)))])]);
+    assert_eq!(tell(&mut e, Input::Loaded { key: key(1), slot: at(0) }), []);
+    assert_eq!(tell(&mut e, Input::Loaded { key: key(6), slot: at(2) }), []);
     assert_eq!(
         tell(&mut e, Input::Computed { layer: 0, wave: 0 }),
-        [compute(1, &[(1, Location::Slot(0)), (6, Location::Slot(2))])]
+        [compute(1, &[(1, Location::Slot(at(0))), (6, Location::Slot(at(2)))])]
     );
     assert_eq!(tell(&mut e, Input::Computed { layer: 0, wave: 1 }), [Action::Finish { step: 7, layer: 0 }]);
     // Two hits and a miss: hits first, and the victim is not one of the demanded.
     assert_eq!(
         tell(&mut e, demand(8, 0, &[1, 2, 6])),
-        [compute(0, &[(1, Location::Slot(0)), (6, Location::Slot(2))]), Action::Evict { key: key(4), slot: 1 }, load(2, 1)]
+        [
+            compute(0, &[(1, Location::Slot(at(0))), (6, Location::Slot(at(2)))]),
+            Action::Evict { key: key(4), slot: at(1) },
+            load(2, 1)
+        ]
     );
     assert_eq!(tell(&mut e, Input::Computed { layer: 0, wave: 0 }), []);
-    assert_eq!(tell(&mut e, Input::Loaded { key: key(2), slot: 1 }), [compute(1, &[(2, Location::Slot(1))])]);
+    assert_eq!(tell(&mut e, Input::Loaded { key: key(2), slot: at(1) }), [compute(1, &[(2, Location::Slot(at(1)))])]);
     assert_eq!(tell(&mut e, Input::Computed { layer: 0, wave: 1 }), [Action::Finish { step: 8, layer: 0 }]);
     let s = e.statistics();
     assert_eq!((s.demands, s.requests, s.hits, s.misses, s.loads, s.evictions, s.waves), (2, 6, 2, 4, 4, 1, 4));
     assert_eq!(s.bytes_loaded_by_tier.iter().map(|b| b.0).sum::<u64>(), 4 * bytes.0);
-    assert_eq!(e.resident_slots(0).collect::<Vec<_>>(), [(0, 1), (1, 2), (2, 6)]);
+    assert_eq!(e.resident_slots(0).collect::<Vec<_>>(), [(at(0), 1), (at(1), 2), (at(2), 6)]);
 }
 
 #[test]
@@ -97,7 +108,7 @@ fn planned_residents_never_load() {
     let spec = tiny(2, 8, 4);
     let plan = cached_plan(&spec, 6, 1);
     let mut e = Engine::new(&plan);
-    let actions = tell(&mut e, Input::Routed(Demand { step: 0, layer: 1, experts: vec![(0, 3), (5, 1)] }));
+    let actions = tell(&mut e, Input::Routed(Demand { layer: 1, experts: vec![(0, 3), (5, 1)], tokens: 3, ..Demand::default() }));
     let expected = vec![(0, Location::Resident), (5, Location::Resident)];
     assert_eq!(actions, [Action::Compute { layer: 1, wave: 0, experts: expected, executor: ExecutorId(0) }]);
     assert_eq!(tell(&mut e, Input::Computed { layer: 1, wave: 0 }), [Action::Finish { step: 0, layer: 1 }]);
@@ -110,7 +121,7 @@ fn loads_are_retried_twice_then_the_engine_gives_up() {
     let plan = cached_plan(&spec, 0, 2);
     let mut e = Engine::new(&plan);
     let first = tell(&mut e, demand(0, 0, &[3]));
-    let fault = || Input::Failed { key: key(3), slot: 0, reason: "short read".into() };
+    let fault = || Input::Failed { key: key(3), slot: at(0), reason: "short read".into() };
     for _ in 0..MAX_RETRIES {
         assert_eq!(tell(&mut e, fault()), first);
     }
@@ -124,7 +135,7 @@ fn loads_are_retried_twice_then_the_engine_gives_up() {
     let mut e = Engine::new(&plan);
     tell(&mut e, demand(0, 0, &[3]));
     tell(&mut e, fault());
-    assert!(matches!(tell(&mut e, Input::Loaded { key: key(3), slot: 0 })[..], [Action::Compute { .. }]));
+    assert!(matches!(tell(&mut e, Input::Loaded { key: key(3), slot: at(0) })[..], [Action::Compute { .. }]));
     assert_eq!(e.statistics().retries, 1);
 }
 
@@ -137,13 +148,13 @@ fn what_cannot_be_aborts() {
         ("unknown expert", vec![demand(0, 0, &[8])], "below 8"),
         ("unsorted", vec![demand(0, 0, &[3, 1])], "not a set"),
         ("twice", vec![demand(0, 0, &[3, 3])], "not a set"),
-        ("no tokens", vec![Input::Routed(Demand { step: 0, layer: 0, experts: vec![(1, 0)] })], "tokens"),
+        ("no tokens", vec![Input::Routed(Demand { experts: vec![(1, 0)], tokens: 1, ..Demand::default() })], "tokens"),
         ("busy layer", vec![demand(0, 0, &[1]), demand(1, 0, &[2])], "serves step 0"),
-        ("load not asked for", vec![Input::Loaded { key: key(1), slot: 0 }], "not being loaded"),
-        ("wrong slot", vec![demand(0, 0, &[1]), Input::Loaded { key: key(1), slot: 1 }], "slot 1"),
-        ("slot out of range", vec![demand(0, 0, &[1]), Input::Loaded { key: key(1), slot: 99 }], "slot 99"),
+        ("load not asked for", vec![Input::Loaded { key: key(1), slot: at(0) }], "not being loaded"),
+        ("wrong slot", vec![demand(0, 0, &[1]), Input::Loaded { key: key(1), slot: at(1) }], "slot 1"),
+        ("slot out of range", vec![demand(0, 0, &[1]), Input::Loaded { key: key(1), slot: at(99) }], "slot 99"),
         ("wave not asked for", vec![demand(0, 0, &[1]), Input::Computed { layer: 0, wave: 0 }], "wave 0"),
-        ("failure not asked for", vec![Input::Failed { key: key(1), slot: 0, reason: String::new() }], "not being loaded"),
+        ("failure not asked for", vec![Input::Failed { key: key(1), slot: at(0), reason: String::new() }], "not being loaded"),
     ];
     for (name, inputs, words) in cases {
         let mut e = Engine::new(&plan);
@@ -162,8 +173,8 @@ fn what_cannot_be_aborts() {
 /// What a driver may rely on, checked from the outside.
 struct Watch<'p> {
     plan: &'p CheckedPlan,
-    /// Content by (layer, slot): an expert and whether it has arrived.
-    slots: HashMap<(u32, u32), (u32, bool)>,
+    /// Content by slot: an expert and whether it has arrived.
+    slots: HashMap<SlotId, (u32, bool)>,
     demanded: HashMap<u32, Vec<u32>>,
     outstanding: Vec<Action>,
 }
@@ -172,16 +183,16 @@ impl Watch<'_> {
     fn see(&mut self, action: &Action) {
         match action {
             Action::Evict { key, slot } => {
-                let removed = self.slots.remove(&(key.layer, *slot));
+                let removed = self.slots.remove(slot);
                 assert_eq!(removed, Some((key.expert, true)), "only what is in the slot leaves it");
                 assert!(!self.demanded[&key.layer].contains(&key.expert), "nothing demanded is evicted before it is served");
             }
-            Action::Load { key, slot, bytes, from } => {
-                assert!(*slot < self.plan.slots(key.layer), "within the budget");
+            Action::Load { key, slot, bytes, from, .. } => {
+                assert!(slot.index < self.plan.pools()[slot.pool as usize].slots, "within the budget");
                 assert_eq!(*bytes, self.plan.expert_bytes(key.layer));
                 assert_eq!(*from, self.plan.tier_of(key.layer, key.expert));
                 assert!(self.plan.tier(*from).through.is_some());
-                let before = self.slots.insert((key.layer, *slot), (key.expert, false));
+                let before = self.slots.insert(*slot, (key.expert, false));
                 assert!(before.is_none() || before == Some((key.expert, false)), "a load goes into a free slot, or is a retry");
                 self.outstanding.push(action.clone());
             }
@@ -190,7 +201,7 @@ impl Watch<'_> {
                     assert!(self.demanded[layer].contains(e), "computed once, and only on demand");
                     match place {
                         Location::Resident => assert!(self.plan.tier(self.plan.tier_of(*layer, *e)).through.is_none()),
-                        Location::Slot(s) => assert_eq!(self.slots[&(*layer, *s)], (*e, true), "the weights are there"),
+                        Location::Slot(s) => assert_eq!(self.slots[s], (*e, true), "the weights are there"),
                     }
                 }
                 self.outstanding.push(action.clone());
@@ -209,7 +220,7 @@ fn check_random_run(slots: u32, resident: u32, demands: &[(u32, Vec<u32>)], choi
     let (mut inputs, mut actions) = (Vec::new(), Vec::new());
     let mut queue = demands.iter().enumerate();
     let mut choices = choices.iter().cycle();
-    let mut failed: HashMap<u32, u32> = HashMap::new();
+    let mut failed: HashMap<SlotId, u32> = HashMap::new();
     let mut next = queue.next();
     let mut now = Nanos(0);
     loop {
@@ -225,13 +236,13 @@ fn check_random_run(slots: u32, resident: u32, demands: &[(u32, Vec<u32>)], choi
         } else if !w.outstanding.is_empty() {
             match w.outstanding.swap_remove(choice % w.outstanding.len()) {
                 Action::Load { key, slot, .. } => {
-                    let times = failed.entry(key.layer * 100 + slot).or_default();
+                    let times = failed.entry(slot).or_default();
                     if faults && choice % 4 == 0 && *times < MAX_RETRIES {
                         *times += 1;
                         Input::Failed { key, slot, reason: "injected".into() }
                     } else {
                         *times = 0;
-                        w.slots.insert((key.layer, slot), (key.expert, true));
+                        w.slots.insert(slot, (key.expert, true));
                         Input::Loaded { key, slot }
                     }
                 }

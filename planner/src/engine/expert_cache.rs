@@ -1,6 +1,6 @@
 //! The slots of one layer: what is in them, what is on its way, what may go. Which of them goes is the policy's choice.
 
-use super::cache::CachePolicy;
+use super::cache::{CachePolicy, Seen};
 
 /// What a slot holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,8 +46,8 @@ impl ExpertCache {
         }
     }
 
-    pub fn on_demand(&mut self, experts: &[u32]) {
-        self.policy.on_demand(experts);
+    pub fn on_demand(&mut self, seen: &Seen<'_>) {
+        self.policy.on_demand(seen);
     }
 
     /// The slot in which `expert` is ready.

@@ -1,8 +1,8 @@
 //! One layer of the engine: its slots and the demand it serves.
 
-use super::cache;
+use super::cache::{self, Seen};
 use super::expert_cache::ExpertCache;
-use super::{Action, Demand, ExecutorId, ExpertKey, Input, Location, MAX_RETRIES, Statistics, TierId};
+use super::{Action, Demand, ExecutorId, ExpertKey, Input, Location, MAX_RETRIES, Purpose, SlotId, Statistics, TierId};
 use crate::check::CheckedPlan;
 use std::collections::VecDeque;
 use tierwise_cost::units::{Bytes, Nanos};
@@ -40,6 +40,8 @@ struct Active {
 #[derive(Debug)]
 pub(super) struct LayerEngine {
     layer: u32,
+    /// The pool its slots are in.
+    pool: u32,
     expert_bytes: Bytes,
     homes: Vec<Home>,
     cache: ExpertCache,
@@ -61,6 +63,7 @@ impl LayerEngine {
         let policy = plan.plan().layers.iter().find(|l| l.layer == layer).map(|l| l.policy).unwrap_or_default();
         Self {
             layer,
+            pool: plan.pool_of(layer),
             expert_bytes: plan.expert_bytes(layer),
             homes,
             cache: ExpertCache::new(plan.slots(layer), num_experts, cache::build(policy, num_experts)),
@@ -70,8 +73,8 @@ impl LayerEngine {
         }
     }
 
-    pub fn ready_slots(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
-        self.cache.ready()
+    pub fn ready_slots(&self) -> impl Iterator<Item = (SlotId, u32)> + '_ {
+        self.cache.ready().map(|(index, e)| (SlotId { pool: self.pool, index }, e))
     }
 
     /// Takes an input; an error is the reason to abort.
@@ -82,6 +85,7 @@ impl LayerEngine {
         self.last_event = now;
         match input {
             Input::Routed(demand) => self.routed(&demand, out, stats),
+            Input::Foreseen { .. } => Ok(()),
             Input::Loaded { key, slot } => self.loaded(key.expert, slot, out, stats),
             Input::Computed { wave, .. } => self.computed(wave, out, stats),
             Input::Failed { key, slot, reason } => self.failed(key.expert, slot, &reason, out, stats),
@@ -101,8 +105,7 @@ impl LayerEngine {
                 demand.step
             ));
         }
-        let experts: Vec<u32> = demand.experts.iter().map(|(e, _)| *e).collect();
-        self.cache.on_demand(&experts);
+        self.cache.on_demand(&Seen { experts: &demand.experts, tokens: demand.tokens, scores: &demand.scores });
         let mut active = Active {
             step: demand.step,
             waiting: VecDeque::new(),
@@ -111,7 +114,7 @@ impl LayerEngine {
             running: Vec::new(),
             next_wave: 0,
         };
-        for e in experts {
+        for e in demand.experts.iter().map(|(e, _)| *e) {
             let home = self.homes[e as usize];
             self.kept[e as usize] = true;
             stats.requests += 1;
@@ -119,7 +122,7 @@ impl LayerEngine {
                 stats.resident_hits += 1;
                 active.ready.push((e, Location::Resident, home.executor));
             } else if let Some(slot) = self.cache.ready_slot(e) {
-                active.ready.push((e, Location::Slot(slot), home.executor));
+                active.ready.push((e, Location::Slot(SlotId { pool: self.pool, index: slot }), home.executor));
             } else {
                 active.waiting.push_back(e);
             }
@@ -132,10 +135,12 @@ impl LayerEngine {
         Ok(())
     }
 
-    fn loaded(&mut self, expert: u32, slot: u32, out: &mut VecDeque<Action>, stats: &mut Statistics) -> Result<(), String> {
-        let not_asked = || format!("expert {expert} of layer {} is not being loaded into slot {slot}", self.layer);
+    fn loaded(&mut self, expert: u32, slot: SlotId, out: &mut VecDeque<Action>, stats: &mut Statistics) -> Result<(), String> {
+        let not_asked = || {
+            format!("expert {expert} of layer {} is not being loaded into slot {} of pool {}", self.layer, slot.index, slot.pool)
+        };
         let Some(active) = &mut self.active else { return Err(not_asked()) };
-        if !self.cache.loaded(expert, slot) {
+        if slot.pool != self.pool || !self.cache.loaded(expert, slot.index) {
             return Err(not_asked());
         }
         active.loading -= 1;
@@ -158,13 +163,16 @@ impl LayerEngine {
     fn failed(
         &mut self,
         expert: u32,
-        slot: u32,
+        slot: SlotId,
         reason: &str,
         out: &mut VecDeque<Action>,
         stats: &mut Statistics,
     ) -> Result<(), String> {
-        match self.cache.failed(expert, slot) {
-            None => Err(format!("expert {expert} of layer {} is not being loaded into slot {slot}", self.layer)),
+        match if slot.pool == self.pool { self.cache.failed(expert, slot.index) } else { None } {
+            None => Err(format!(
+                "expert {expert} of layer {} is not being loaded into slot {} of pool {}",
+                self.layer, slot.index, slot.pool
+            )),
             Some(failures) if failures > MAX_RETRIES => {
                 Err(format!("expert {expert} of layer {} could not be loaded in {failures} tries: {reason}", self.layer))
             }
@@ -176,12 +184,12 @@ impl LayerEngine {
         }
     }
 
-    fn load(&self, expert: u32, slot: u32, out: &mut VecDeque<Action>, stats: &mut Statistics) {
+    fn load(&self, expert: u32, slot: SlotId, out: &mut VecDeque<Action>, stats: &mut Statistics) {
         let from = self.homes[expert as usize].tier;
         stats.loads += 1;
         stats.bytes_loaded_by_tier[from.0 as usize] += self.expert_bytes;
         let key = ExpertKey { layer: self.layer, expert };
-        out.push_back(Action::Load { key, slot, bytes: self.expert_bytes, from });
+        out.push_back(Action::Load { key, slot, bytes: self.expert_bytes, from, purpose: Purpose::Demand });
     }
 
     /// Gives idle executors what is ready, waiting misses the slots that may go, and finishes when nothing is left.
@@ -209,11 +217,12 @@ impl LayerEngine {
         let done = active.waiting.is_empty() && active.loading == 0 && active.ready.is_empty() && active.running.is_empty();
         let step = active.step;
         for (expert, placed) in loads {
+            let slot = SlotId { pool: self.pool, index: placed.slot };
             if let Some(victim) = placed.evicted {
                 stats.evictions += 1;
-                out.push_back(Action::Evict { key: ExpertKey { layer: self.layer, expert: victim }, slot: placed.slot });
+                out.push_back(Action::Evict { key: ExpertKey { layer: self.layer, expert: victim }, slot });
             }
-            self.load(expert, placed.slot, out, stats);
+            self.load(expert, slot, out, stats);
         }
         if done {
             self.active = None;

@@ -41,8 +41,20 @@ pub struct TierId(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ExecutorId(pub u32);
 
+/// Room for one expert in a cache: which pool of the plan ([`CheckedPlan::pools`]), which place in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SlotId {
+    /// Index into [`CheckedPlan::pools`].
+    pub pool: u32,
+    /// Place in the pool, from 0.
+    pub index: u32,
+}
+
+/// A router's probability of 1 in [`Demand::scores`] and [`Input::Foreseen`]: fixed point, so that runs replay to the bit.
+pub const SCORE_ONE: u32 = 1 << 16;
+
 /// What one layer needs in one step.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Demand {
     /// The driver's number for the step; comes back with [`Action::Finish`].
     pub step: u64,
@@ -50,6 +62,12 @@ pub struct Demand {
     pub layer: u32,
     /// (expert, tokens routed to it), ascending by expert, tokens at least 1.
     pub experts: Vec<(u32, u32)>,
+    /// Tokens of the step.
+    pub tokens: u32,
+    /// (expert, sum over the step's tokens of its router probability in units of 1 / [`SCORE_ONE`]), ascending by expert; experts that
+    /// no token ranks among its first 2 x experts per token may be left out; empty when nothing is known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scores: Vec<(u32, u32)>,
 }
 
 /// What happened.
@@ -57,12 +75,23 @@ pub struct Demand {
 pub enum Input {
     /// The router of a layer has chosen. One demand per layer at a time.
     Routed(Demand),
+    /// What the router of a later layer of this step makes of the current hidden state: a guess at its demand.
+    Foreseen {
+        /// The driver's number for the step.
+        step: u64,
+        /// The later layer.
+        layer: u32,
+        /// How many layers with routed experts lie between: 1 for the next.
+        distance: u32,
+        /// As [`Demand::scores`].
+        scores: Vec<(u32, u32)>,
+    },
     /// A load is done.
     Loaded {
         /// The expert.
         key: ExpertKey,
         /// Its slot.
-        slot: u32,
+        slot: SlotId,
     },
     /// A wave is computed.
     Computed {
@@ -76,7 +105,7 @@ pub enum Input {
         /// The expert.
         key: ExpertKey,
         /// The slot it was to come into.
-        slot: u32,
+        slot: SlotId,
         /// Why, for people.
         reason: String,
     },
@@ -87,8 +116,18 @@ pub enum Input {
 pub enum Location {
     /// In its tier's memory, as planned.
     Resident,
-    /// In a cache slot of its layer.
-    Slot(u32),
+    /// In a slot.
+    Slot(SlotId),
+}
+
+/// Why something is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    /// A layer waits for it.
+    Demand,
+    /// It may be needed soon. A driver may finish demand loads first.
+    Prefetch,
 }
 
 /// What to do.
@@ -99,18 +138,20 @@ pub enum Action {
         /// Who leaves.
         key: ExpertKey,
         /// The slot.
-        slot: u32,
+        slot: SlotId,
     },
     /// Bring an expert into a slot; answer with `Loaded` or `Failed`.
     Load {
         /// The expert.
         key: ExpertKey,
         /// The slot.
-        slot: u32,
+        slot: SlotId,
         /// Its size.
         bytes: Bytes,
         /// The tier it comes from.
         from: TierId,
+        /// Why.
+        purpose: Purpose,
     },
     /// Compute these experts for the tokens of the layer's demand; answer with `Computed`.
     Compute {
@@ -209,6 +250,7 @@ impl Engine {
         }
         let layer = match &input {
             Input::Routed(d) => d.layer,
+            Input::Foreseen { layer, .. } => *layer,
             Input::Loaded { key, .. } | Input::Failed { key, .. } => key.layer,
             Input::Computed { layer, .. } => *layer,
         };
@@ -234,7 +276,7 @@ impl Engine {
     }
 
     /// Slots of a layer with the experts that are ready in them.
-    pub fn resident_slots(&self, layer: u32) -> impl Iterator<Item = (u32, u32)> + '_ {
+    pub fn resident_slots(&self, layer: u32) -> impl Iterator<Item = (SlotId, u32)> + '_ {
         let index = self.index_of.get(layer as usize).copied().flatten();
         index.into_iter().flat_map(|i| self.layers[i].ready_slots())
     }

@@ -11,7 +11,7 @@ pub use trace::Trace;
 pub(crate) use trace::UNRECORDED;
 
 use crate::check::CheckedPlan;
-use crate::engine::{Action, Engine, Input, Statistics};
+use crate::engine::{Action, Engine, Input, SlotId, Statistics};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use tierwise_cost::units::Nanos;
@@ -50,7 +50,7 @@ struct Due {
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Done {
-    Load { layer: u32, expert: u32, slot: u32 },
+    Load { layer: u32, expert: u32, slot: SlotId },
     Wave { layer: u32, wave: u32 },
 }
 
@@ -151,7 +151,7 @@ impl Simulator<'_> {
                 self.actions.push(action.clone());
             }
             match action {
-                Action::Load { key, slot, bytes, from } => {
+                Action::Load { key, slot, bytes, from, .. } => {
                     let cost = self.costs.load(key, bytes, from);
                     let at = start(&mut self.link_free[from.0 as usize], self.now, cost);
                     self.push(at, Done::Load { layer: key.layer, expert: key.expert, slot });

@@ -51,6 +51,6 @@ impl<'a> Trace<'a> {
         let mut experts: Vec<(u32, u32)> = self.chosen(token, index).map(|e| (u32::from(e), 1)).collect();
         experts.sort_unstable();
         experts.dedup_by_key(|(e, _)| *e);
-        (!experts.is_empty()).then_some(Demand { step: token as u64, layer, experts })
+        (!experts.is_empty()).then_some(Demand { step: token as u64, layer, experts, tokens: 1, scores: Vec::new() })
     }
 }

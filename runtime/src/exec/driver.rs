@@ -56,7 +56,7 @@ impl Driver {
         self.step += 1;
     }
 
-    /// Serves `layer`'s demand of this step: calls `compute` with each wave's experts until all are done.
+    /// Serves a layer's demand of this step: calls `compute` with each wave's experts until all are done.
     ///
     /// `resident` gives the bytes of an expert that the plan keeps in memory. Each expert is computed exactly once.
     ///
@@ -64,18 +64,18 @@ impl Driver {
     /// When an expert cannot be read, even after the engine's retries. The driver is of no use after that.
     pub fn serve<'m>(
         &mut self,
-        layer: u32,
-        experts: Vec<(u32, u32)>, // (expert, tokens), ascending
+        demand: Demand, // its step is set here
         resident: impl Fn(u32) -> ExpertBytes<'m>,
         mut compute: impl FnMut(&[(u32, ExpertBytes<'_>)]),
     ) -> Result<()> {
-        self.input(Input::Routed(Demand { step: self.step, layer, experts }));
+        let layer = demand.layer;
+        self.input(Input::Routed(Demand { step: self.step, ..demand }));
         let mut waves = VecDeque::new();
         loop {
             while let Some(action) = self.poll() {
                 match action {
                     Action::Evict { .. } => {}
-                    Action::Load { key, slot, .. } => self.loader.submit(key, slot, self.slots.take(key.layer, slot)),
+                    Action::Load { key, slot, .. } => self.loader.submit(key, slot, self.slots.take(slot)),
                     Action::Compute { layer: of, wave, experts, .. } => waves.push_back((of, wave, experts)),
                     Action::Finish { .. } => return Ok(()),
                     Action::Abort { reason } => self.stopped = Some(reason),
@@ -107,7 +107,7 @@ impl Driver {
     }
 
     fn arrived(&mut self, done: Loaded) {
-        self.slots.put_back(done.key.layer, done.slot, done.buffer);
+        self.slots.put_back(done.slot, done.buffer);
         self.input(match done.result {
             Ok(()) => Input::Loaded { key: done.key, slot: done.slot },
             Err(reason) => Input::Failed { key: done.key, slot: done.slot, reason },

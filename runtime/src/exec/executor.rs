@@ -300,9 +300,9 @@ impl Executor {
         let shape = &model.spec().tensors[tensors[2].0 as usize].shape;
         let (hidden, inner_size) = (shape[1] as usize, shape[2] as usize);
         self.experts.arrange(&self.routing, inner_size, hidden, format(2));
-        let demand = self.experts.demand();
+        let demand = self.experts.demand(layer, &self.routing);
         let (experts, threads, normed) = (&mut self.experts, &self.threads, &self.normed);
-        driver.serve(layer, demand, |e| model.expert(tensors, e), |wave| experts.compute(threads, normed, wave))?;
+        driver.serve(demand, |e| model.expert(tensors, e), |wave| experts.compute(threads, normed, wave))?;
         let delta = self.buffers.get_mut(Slot::Delta);
         delta.reshape(self.routing.num_tokens(), hidden);
         self.experts.combine(&self.threads, &self.routing, delta.as_mut_slice(), hidden);

@@ -12,6 +12,7 @@ use crate::kernels::ActivationBuf;
 use crate::quant::activation_format;
 use rayon::prelude::*;
 use tierwise_cost::quant::QuantFormat;
+use tierwise_planner::engine::Demand;
 
 /// Sums below this many elements stay on the calling thread.
 const SERIAL_ELEMENTS: usize = 64 << 10;
@@ -113,9 +114,10 @@ impl ExpertBuffers {
         self.inner.reset(activation_format(down), rows, inner_size);
     }
 
-    /// Demanded experts with their token counts, ascending.
-    pub fn demand(&self) -> Vec<(u32, u32)> {
-        self.groups.iter().map(|g| (g.expert, (g.end - g.start) as u32)).collect()
+    /// What `layer` asks the engine for; the step is the driver's.
+    pub fn demand(&self, layer: u32, routing: &Routing) -> Demand {
+        let experts = self.groups.iter().map(|g| (g.expert, (g.end - g.start) as u32)).collect();
+        Demand { layer, experts, tokens: routing.num_tokens() as u32, ..Demand::default() }
     }
 
     /// Computes the outputs of some of the demanded experts, in three parallel regions.

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use tierwise_planner::engine::ExpertKey;
+use tierwise_planner::engine::{ExpertKey, SlotId};
 
 /// Reads in flight at once: NVMe drives need a few to reach their bandwidth.
 const READERS: usize = 4;
@@ -72,7 +72,7 @@ impl ExpertReader for FileReader {
 
 struct Request {
     key: ExpertKey,
-    slot: u32,
+    slot: SlotId,
     buffer: Vec<u8>,
 }
 
@@ -82,7 +82,7 @@ pub struct Loaded {
     /// What was loaded.
     pub key: ExpertKey,
     /// Into which slot.
-    pub slot: u32,
+    pub slot: SlotId,
     /// The slot's buffer.
     pub buffer: Vec<u8>,
     /// Whether the bytes are there.
@@ -133,7 +133,7 @@ impl Loader {
     }
 
     /// Queues a load into `buffer`.
-    pub fn submit(&mut self, key: ExpertKey, slot: u32, buffer: Vec<u8>) {
+    pub fn submit(&mut self, key: ExpertKey, slot: SlotId, buffer: Vec<u8>) {
         self.in_flight += 1;
         let queue = self.requests.as_ref().expect("taken only on drop");
         queue.send(Request { key, slot, buffer }).expect("this holds the queue's other end through its threads");

@@ -1,42 +1,36 @@
-//! Memory for experts that are loaded before use: per layer a few slots, each of one expert's bytes.
+//! Memory for experts that are loaded before use: the plan's pools of slots, each slot of one expert's bytes.
 
 use super::experts::{ExpertBytes, ExpertLayout};
+use tierwise_planner::engine::SlotId;
 
-/// The slots of all layers.
+/// The slots of all pools.
 #[derive(Debug)]
 pub struct ExpertSlots {
-    layers: Vec<LayerSlots>,
-}
-
-/// The slots of one layer.
-#[derive(Debug, Default)]
-pub struct LayerSlots {
-    /// How an expert lies in a slot; `None` for a layer without slots.
-    pub layout: Option<ExpertLayout>,
-    /// The buffers; empty while a load is in flight.
-    pub buffers: Vec<Vec<u8>>,
+    /// How an expert of each layer of the model lies in a slot; `None` without routed experts.
+    layouts: Vec<Option<ExpertLayout>>,
+    /// Buffers by pool and index; empty while a load is in flight.
+    pools: Vec<Vec<Vec<u8>>>,
 }
 
 impl ExpertSlots {
-    /// Slots for every layer of the model, `layers[l]` for layer `l`.
-    pub const fn new(layers: Vec<LayerSlots>) -> Self {
-        Self { layers }
+    /// Slots for the plan's pools, `layouts[l]` for layer `l` of the model.
+    pub const fn new(layouts: Vec<Option<ExpertLayout>>, pools: Vec<Vec<Vec<u8>>>) -> Self {
+        Self { layouts, pools }
     }
 
     /// Takes a slot's buffer out, to be filled.
-    pub fn take(&mut self, layer: u32, slot: u32) -> Vec<u8> {
-        std::mem::take(&mut self.layers[layer as usize].buffers[slot as usize])
+    pub fn take(&mut self, slot: SlotId) -> Vec<u8> {
+        std::mem::take(&mut self.pools[slot.pool as usize][slot.index as usize])
     }
 
     /// Puts a slot's buffer back.
-    pub fn put_back(&mut self, layer: u32, slot: u32, buffer: Vec<u8>) {
-        self.layers[layer as usize].buffers[slot as usize] = buffer;
+    pub fn put_back(&mut self, slot: SlotId, buffer: Vec<u8>) {
+        self.pools[slot.pool as usize][slot.index as usize] = buffer;
     }
 
-    /// The expert in a slot.
-    pub fn expert(&self, layer: u32, slot: u32) -> ExpertBytes<'_> {
-        let l = &self.layers[layer as usize];
-        let layout = l.layout.as_ref().expect("a layer with slots has a layout");
-        layout.in_slot(&l.buffers[slot as usize])
+    /// The expert of `layer` in a slot.
+    pub fn expert(&self, layer: u32, slot: SlotId) -> ExpertBytes<'_> {
+        let layout = self.layouts[layer as usize].as_ref().expect("a layer with routed experts has a layout");
+        layout.in_slot(&self.pools[slot.pool as usize][slot.index as usize])
     }
 }

@@ -13,7 +13,7 @@ use crate::error::{Result, RuntimeError};
 use crate::exec::driver::Driver;
 use crate::exec::executor::Executor;
 use crate::exec::loader::{ExpertReader, Loader};
-use crate::exec::slots::{ExpertSlots, LayerSlots};
+use crate::exec::slots::ExpertSlots;
 use ndarray::Array2;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -90,7 +90,7 @@ impl Session {
         reader: Option<&Arc<dyn ExpertReader>>,
     ) -> Result<Self> {
         check_plan(&model, plan)?;
-        let mut layers = Vec::with_capacity(model.spec().layers.len());
+        let mut layouts = Vec::with_capacity(model.spec().layers.len());
         for layer in 0..model.spec().layers.len() as u32 {
             let layout = model.expert_layout(layer);
             let bytes = layout.as_ref().map_or(0, |l| l.bytes);
@@ -101,10 +101,10 @@ impl Session {
                     expected: format!("{bytes} bytes, as the model's file has; make the plan again"),
                 });
             }
-            let buffers = (0..plan.slots(layer)).map(|_| vec![0; bytes]).collect();
-            layers.push(LayerSlots { layout, buffers });
+            layouts.push(layout);
         }
-        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layers), Loader::new(reader)?, config.record);
+        let pools = plan.pools().iter().map(|p| (0..p.slots).map(|_| vec![0; p.slot_bytes.0 as usize]).collect()).collect();
+        let driver = Driver::new(Engine::new(plan), ExpertSlots::new(layouts, pools), Loader::new(reader)?, config.record);
         let context = plan.context() as usize;
         let executor = Executor::new(&model, config.threads, context, plan.kv_format(), config.capture_routing)?;
         Ok(Self {

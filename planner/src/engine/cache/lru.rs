@@ -1,6 +1,6 @@
 //! Least recently used. Experts of one demand were used at the same time; among them the one with the smallest number goes first.
 
-use super::CachePolicy;
+use super::{CachePolicy, Seen};
 
 /// When each expert was last demanded.
 #[derive(Debug, Clone)]
@@ -18,14 +18,14 @@ impl Lru {
 }
 
 impl CachePolicy for Lru {
-    fn on_demand(&mut self, experts: &[u32]) {
+    fn on_demand(&mut self, seen: &Seen<'_>) {
         self.now += 1;
-        for e in experts {
+        for (e, _) in seen.experts {
             self.last_used[*e as usize] = self.now;
         }
     }
 
-    fn victim(&self, candidates: &[u32]) -> u32 {
+    fn victim(&mut self, candidates: &[u32]) -> u32 {
         // min_by_key keeps the first of equals.
         candidates.iter().copied().min_by_key(|e| self.last_used[*e as usize]).expect("candidates are not empty")
     }

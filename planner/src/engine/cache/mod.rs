@@ -9,13 +9,24 @@ pub use lru::Lru;
 
 use crate::plan::CachePolicyKind;
 
+/// What a policy learns of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen<'a> {
+    /// (expert, tokens routed to it), ascending by expert.
+    pub experts: &'a [(u32, u32)],
+    /// Tokens of the step.
+    pub tokens: u32,
+    /// As [`super::Demand::scores`].
+    pub scores: &'a [(u32, u32)],
+}
+
 /// Ranks the residents of one layer's slots. Deterministic: the same calls give the same answers.
 pub trait CachePolicy: std::fmt::Debug + Send {
-    /// A step asks for these experts, ascending; called once per demand, before any eviction for it.
-    fn on_demand(&mut self, experts: &[u32]);
+    /// A step asks for these experts; called once per demand, before any eviction for it.
+    fn on_demand(&mut self, seen: &Seen<'_>);
 
     /// The expert of `candidates` (ascending, not empty) that is worth least.
-    fn victim(&self, candidates: &[u32]) -> u32;
+    fn victim(&mut self, candidates: &[u32]) -> u32;
 }
 
 /// The policy of a layer with `num_experts` experts.

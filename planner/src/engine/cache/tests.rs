@@ -25,7 +25,8 @@ proptest! {
         for (demand, candidates) in steps {
             let demand: Vec<u32> = demand.into_iter().collect();
             let candidates: Vec<u32> = candidates.into_iter().collect();
-            fast.on_demand(&demand);
+            let experts: Vec<(u32, u32)> = demand.iter().map(|e| (*e, 1)).collect();
+            fast.on_demand(&Seen { experts: &experts, tokens: 1, scores: &[] });
             naive.on_demand(&demand);
             prop_assert_eq!(fast.victim(&candidates), naive.victim(&candidates));
         }
