@@ -14,6 +14,8 @@
 pub mod cache;
 mod expert_cache;
 mod layer;
+pub mod prefetch;
+pub mod schedule;
 
 use crate::check::CheckedPlan;
 use layer::LayerEngine;
@@ -250,9 +252,8 @@ impl Engine {
         }
         let layer = match &input {
             Input::Routed(d) => d.layer,
-            Input::Foreseen { layer, .. } => *layer,
             Input::Loaded { key, .. } | Input::Failed { key, .. } => key.layer,
-            Input::Computed { layer, .. } => *layer,
+            Input::Foreseen { layer, .. } | Input::Computed { layer, .. } => *layer,
         };
         let outcome = match self.index_of.get(layer as usize).copied().flatten() {
             None => Err(format!("layer {layer} has no routed experts")),
