@@ -79,7 +79,7 @@ fn engine(c: &mut Criterion) {
                 // A walk with some reuse: neighbouring steps share most experts.
                 let first = ((step / 3 + u64::from(layer) * 7) % 100) as u32;
                 let experts = (0..8).map(|i| (first + 3 * i, 1)).collect();
-                engine.handle(Nanos(step), Input::Routed(Demand { step, layer, experts }));
+                engine.handle(Nanos(step), Input::Routed(Demand { step, layer, experts, tokens: 1, ..Demand::default() }));
                 while let Some(action) = engine.poll(Nanos(step)) {
                     let input = match action {
                         Action::Load { key, slot, .. } => Input::Loaded { key, slot },
