@@ -6,7 +6,7 @@
 use crate::budget;
 use crate::engine::{ExecutorId, TierId};
 use crate::error::PlanError;
-use crate::plan::{Interval, PLAN_VERSION, Plan, PlanLayer, Tier};
+use crate::plan::{CachePartition, Interval, PLAN_VERSION, Plan, PlanLayer, PrefetchKind, Tier};
 use std::collections::HashSet;
 use tierwise_cost::machine::{Machine, MemoryKind, ProcessorKind};
 use tierwise_cost::model::ModelSpec;
@@ -21,6 +21,9 @@ pub struct Executor {
     /// Its kind.
     pub kind: ProcessorKind,
 }
+
+/// Prefetches look this many layers ahead at most: guesses fade with every layer.
+const MAX_PREFETCH_LAYERS: u32 = 8;
 
 /// Slots of equal size in one memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,6 +81,7 @@ impl Plan {
         self.request.check(spec.context_length)?;
         check_tiers(&self, machine)?;
         let tier_of = check_layers(&self, spec)?;
+        check_engine(&self)?;
         check_budgets(&self, spec, machine)?;
         check_numbers(&self)?;
 
@@ -205,7 +209,38 @@ fn check_runs(plan: &Plan, l: &PlanLayer, num_experts: u32) -> Result<Vec<u8>, P
         };
         return bad(at("slots"), l.slots, expected);
     }
+    let mut seen = HashSet::new();
+    for e in &l.preload {
+        let loaded = tier_of.get(*e as usize).is_some_and(|t| plan.tiers[usize::from(*t)].through.is_some());
+        if !loaded || !seen.insert(*e) || seen.len() > l.slots as usize {
+            return bad(
+                at("preload"),
+                format!("expert {e}"),
+                "different experts that are loaded before use, at most one per slot",
+            );
+        }
+    }
     Ok(tier_of)
+}
+
+fn check_engine(plan: &Plan) -> Result<(), PlanError> {
+    let e = &plan.engine;
+    if e.prefetch != PrefetchKind::Off && !(1..=MAX_PREFETCH_LAYERS).contains(&e.prefetch_layers) {
+        return bad("engine.prefetch_layers", e.prefetch_layers, format!("1 to {MAX_PREFETCH_LAYERS}"));
+    }
+    if e.partition == CachePartition::Global {
+        let mut cached = plan.layers.iter().filter(|l| l.slots > 0);
+        let first = cached.next();
+        let alike = |l: &PlanLayer| first.is_none_or(|f| l.expert_bytes == f.expert_bytes && l.policy == f.policy);
+        if let Some(other) = cached.find(|l| !alike(l)) {
+            return bad(
+                "engine.partition",
+                format!("global, with layer {} unlike the first", other.layer),
+                "experts of one size and one policy",
+            );
+        }
+    }
+    Ok(())
 }
 
 fn check_budgets(plan: &Plan, spec: &ModelSpec, machine: Option<&Machine>) -> Result<(), PlanError> {
@@ -335,9 +370,17 @@ impl CheckedPlan {
         self.layer(layer).map_or(Bytes::ZERO, |i| self.plan.layers[i].expert_bytes)
     }
 
-    /// The pools of cache slots: one per layer with routed experts, in order.
+    /// The pools of cache slots: one per layer with routed experts, in order, or one for all.
     pub fn pools(&self) -> Vec<Pool> {
-        self.plan.layers.iter().map(|l| Pool { slots: l.slots, slot_bytes: l.expert_bytes }).collect()
+        let pool = |l: &PlanLayer| Pool { slots: l.slots, slot_bytes: if l.slots > 0 { l.expert_bytes } else { Bytes::ZERO } };
+        let each = self.plan.layers.iter().map(pool);
+        match self.plan.engine.partition {
+            CachePartition::PerLayer => each.collect(),
+            CachePartition::Global => {
+                let all = |a: Pool, b: Pool| Pool { slots: a.slots + b.slots, slot_bytes: a.slot_bytes.max(b.slot_bytes) };
+                each.reduce(all).into_iter().collect()
+            }
+        }
     }
 
     /// The pool in which the slots of `layer` are.
@@ -345,7 +388,21 @@ impl CheckedPlan {
     /// # Panics
     /// If the layer has no routed experts.
     pub fn pool_of(&self, layer: u32) -> u32 {
-        self.layer(layer).expect("a layer with routed experts") as u32
+        let index = self.layer(layer).expect("a layer with routed experts") as u32;
+        if self.plan.engine.partition == CachePartition::Global { 0 } else { index }
+    }
+
+    /// Distinct executors: the main one first.
+    pub fn executors(&self) -> &[Executor] {
+        &self.executors
+    }
+
+    /// Who computes beside the memory that a tier loads from, if anyone can.
+    pub fn home_executor(&self, id: TierId) -> Option<ExecutorId> {
+        let tier = self.tier(id);
+        tier.through.as_ref()?;
+        let beside = self.plan.tiers.iter().position(|t| t.memory == tier.memory && t.through.is_none())?;
+        Some(self.executor_of_tier[beside])
     }
 
     /// Bytes of all slots of all layers.

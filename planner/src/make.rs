@@ -5,8 +5,8 @@ use crate::error::PlanError;
 use crate::evaluate::{Branches, Loads, Placement, Prices, Usage, step_seconds, usage};
 use crate::lower_bound::{METHOD, lower_bound};
 use crate::plan::{
-    BytesOn, CachePolicyKind, ExpertRun, Interval, MachineId, MemoryBudget, ModelId, PLAN_VERSION, Plan, PlanLayer, Predicted,
-    Provenance,
+    BytesOn, CachePolicyKind, EngineSettings, ExpertRun, Interval, MachineId, MemoryBudget, ModelId, PLAN_VERSION, Plan,
+    PlanLayer, Predicted, Provenance,
 };
 use crate::price::{Case, Copies, PriceTable};
 use crate::problem::Problem;
@@ -70,6 +70,7 @@ fn plan_from(problem: &Problem<'_>, cost: &dyn CostModel, prices: &Prices, solut
         solver_reason: solution.reason.clone(),
         provenance: provenance(problem, cost, &usage),
         held_out: None,
+        engine: EngineSettings::default(),
     })
 }
 
@@ -94,6 +95,7 @@ fn plan_layers(problem: &Problem<'_>, placement: &Placement) -> Vec<PlanLayer> {
             runs,
             slots: p.slots,
             policy: CachePolicyKind::Lru,
+            preload: Vec::new(),
         });
     }
     layers

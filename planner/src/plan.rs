@@ -53,6 +53,9 @@ pub struct Plan {
     /// What it is worth on the part of a routing trace that it was not made from; absent without a trace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out: Option<HeldOut>,
+    /// How the engine works at run time.
+    #[serde(default, skip_serializing_if = "EngineSettings::is_default")]
+    pub engine: EngineSettings,
 }
 
 /// A model's identity.
@@ -141,6 +144,66 @@ pub enum CachePolicyKind {
     Lru,
 }
 
+/// Who computes the experts that a demand does not find in their slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Whatever ends first: the optimum over computing at home and moving, demand by demand.
+    #[default]
+    Exact,
+    /// The rule of HybriMoE's paper: commit whatever completes earliest.
+    HybriMoe,
+    /// Hits beside the slots, misses at home where a processor can; nothing is moved that need not be.
+    Static,
+    /// Every miss is moved.
+    OnDemand,
+}
+
+/// Whence guesses at later demands come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PrefetchKind {
+    /// Nothing is prefetched.
+    #[default]
+    Off,
+    /// Learnt from past demands.
+    History,
+    /// The routers of later layers, evaluated on the current hidden state; history where the driver sends none.
+    Lookahead,
+}
+
+/// How the slots are shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CachePartition {
+    /// Every layer has its own.
+    #[default]
+    PerLayer,
+    /// All layers share all slots; their experts must be of one size.
+    Global,
+}
+
+/// How the engine works at run time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineSettings {
+    /// Who computes misses.
+    pub schedule: ScheduleKind,
+    /// What is prefetched.
+    pub prefetch: PrefetchKind,
+    /// How many layers ahead prefetches look, 1 to 8; of no meaning when nothing is prefetched.
+    pub prefetch_layers: u32,
+    /// How the slots are shared.
+    pub partition: CachePartition,
+}
+
+impl EngineSettings {
+    /// Whether all is as in a plan that says nothing.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// One layer's experts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -155,6 +218,9 @@ pub struct PlanLayer {
     pub slots: u32,
     /// How the slots' contents are chosen.
     pub policy: CachePolicyKind,
+    /// Experts that are loaded into the slots before the first demand, at most as many as slots.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preload: Vec<u32>,
 }
 
 /// One memory's bytes.

@@ -57,6 +57,30 @@ impl ExpertCache {
         (state == SlotState::Ready { expert }).then_some(slot)
     }
 
+    /// Whether `expert` is on its way.
+    pub fn is_loading(&self, expert: u32) -> bool {
+        let state = self.slots.get(self.slot_of[expert as usize] as usize);
+        matches!(state, Some(SlotState::Loading { .. }))
+    }
+
+    /// Gives up the load into `slot`, which is empty then.
+    pub fn abandon(&mut self, slot: u32) {
+        if let Some(SlotState::Loading { expert, .. }) = self.slots.get(slot as usize).copied() {
+            self.slot_of[expert as usize] = NONE;
+            self.slots[slot as usize] = SlotState::Empty;
+        }
+    }
+
+    /// Whom [`Self::place`] would evict: `Some(None)` if there is an empty slot, `None` if nobody may go now.
+    pub fn would_evict(&mut self, kept: impl Fn(u32) -> bool) -> Option<Option<u32>> {
+        if self.slots.contains(&SlotState::Empty) {
+            return Some(None);
+        }
+        let mut candidates: Vec<u32> = self.ready().map(|(_, e)| e).filter(|e| !kept(*e)).collect();
+        candidates.sort_unstable();
+        if candidates.is_empty() { None } else { Some(Some(self.policy.victim(&candidates))) }
+    }
+
     /// Slots with their ready experts.
     pub fn ready(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         self.slots.iter().enumerate().filter_map(|(i, s)| match s {

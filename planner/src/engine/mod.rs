@@ -12,15 +12,23 @@
 //! 4. A failed load is tried again twice, then - as after any input that cannot be - the engine answers `Abort` and nothing more.
 
 pub mod cache;
+pub mod costs;
 mod expert_cache;
 mod layer;
+mod pool;
 pub mod prefetch;
+mod prefetcher;
 pub mod schedule;
 
 use crate::check::CheckedPlan;
-use layer::LayerEngine;
+use crate::plan::ScheduleKind;
+use costs::EngineCosts;
+use layer::{Context, LayerEngine, Traffic};
+use pool::{Pool, Presence};
+use prefetcher::Prefetcher;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+use std::sync::Arc;
 use tierwise_cost::units::{Bytes, Nanos};
 
 /// Loads of an expert are tried again this often.
@@ -75,6 +83,8 @@ pub struct Demand {
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Input {
+    /// The run begins: slots are filled as the plan says. May be left out.
+    Begin,
     /// The router of a layer has chosen. One demand per layer at a time.
     Routed(Demand),
     /// What the router of a later layer of this step makes of the current hidden state: a guess at its demand.
@@ -201,6 +211,18 @@ pub struct Statistics {
     pub evictions: u64,
     /// Computations asked for.
     pub waves: u64,
+    /// Misses and hits that were computed beside the memory they are planned in, not from a slot.
+    pub computed_at_home: u64,
+    /// Loads before the first demand, as the plan says.
+    pub preloads: u64,
+    /// Loads of guesses.
+    pub prefetches_issued: u64,
+    /// Guesses that were there when they were asked for.
+    pub prefetches_used: u64,
+    /// Guesses that were on their way when they were asked for.
+    pub prefetches_late: u64,
+    /// Guesses that left their slot, or failed, before anyone asked.
+    pub prefetches_useless: u64,
     /// Bytes of loads by tier they come from. `[tiers]`
     pub bytes_loaded_by_tier: Vec<Bytes>,
     /// Time during which a layer waited for loads with nothing to compute.
@@ -226,23 +248,60 @@ pub struct Engine {
     layers: Vec<LayerEngine>,
     /// Index into `layers`, by model layer.
     index_of: Vec<Option<usize>>,
+    pools: Vec<Pool>,
+    /// Index into `pools`. `[layers]`
+    pool_of: Vec<usize>,
+    costs: Option<Arc<EngineCosts>>,
+    traffic: Traffic,
+    prefetcher: Option<Prefetcher>,
+    schedule: ScheduleKind,
+    preload: Vec<(usize, u32)>,
     actions: VecDeque<Action>,
     statistics: Statistics,
     aborted: bool,
 }
 
 impl Engine {
-    /// An engine for a checked plan, with empty slots.
+    /// An engine for a checked plan, with empty slots, that knows nothing of times: every miss is loaded, nothing is prefetched.
     pub fn new(plan: &CheckedPlan) -> Self {
+        Self::build(plan, None)
+    }
+
+    /// An engine that schedules and prefetches as the plan says, by these times, which must be the plan's.
+    pub fn with_costs(plan: &CheckedPlan, costs: Arc<EngineCosts>) -> Self {
+        Self::build(plan, Some(costs))
+    }
+
+    fn build(plan: &CheckedPlan, costs: Option<Arc<EngineCosts>>) -> Self {
+        let (pools, first_keys) = Pool::all(plan);
         let mut index_of = Vec::new();
         let mut layers = Vec::with_capacity(plan.moe_layers().len());
-        for (i, layer) in plan.moe_layers().iter().enumerate() {
+        for (i, (layer, first_key)) in plan.moe_layers().iter().zip(first_keys).enumerate() {
             index_of.resize(*layer as usize, None);
             index_of.push(Some(i));
-            layers.push(LayerEngine::new(plan, *layer));
+            layers.push(LayerEngine::new(plan, *layer, i, first_key));
         }
-        let statistics = Statistics { bytes_loaded_by_tier: vec![Bytes::ZERO; plan.plan().tiers.len()], ..Statistics::default() };
-        Self { layers, index_of, actions: VecDeque::new(), statistics, aborted: false }
+        let tiers = plan.plan().tiers.len();
+        let link_of_tier: Vec<usize> = match &costs {
+            Some(c) => c.link_of_tier.iter().map(|l| l.map_or(c.links.len(), |l| l as usize)).collect(),
+            None => (0..tiers).collect(),
+        };
+        let links = vec![(0, 0, Nanos(0)); link_of_tier.iter().max().map_or(0, |l| l + 1)];
+        let preload = plan.plan().layers.iter().enumerate().flat_map(|(i, l)| l.preload.iter().map(move |e| (i, *e))).collect();
+        Self {
+            layers,
+            index_of,
+            pools,
+            pool_of: plan.moe_layers().iter().map(|l| plan.pool_of(*l) as usize).collect(),
+            prefetcher: costs.as_ref().and_then(|_| Prefetcher::new(plan)),
+            schedule: plan.plan().engine.schedule,
+            costs,
+            traffic: Traffic { links, link_of_tier },
+            preload,
+            actions: VecDeque::new(),
+            statistics: Statistics { bytes_loaded_by_tier: vec![Bytes::ZERO; tiers], ..Statistics::default() },
+            aborted: false,
+        }
     }
 
     /// Takes what happened at `now`.
@@ -250,19 +309,105 @@ impl Engine {
         if self.aborted {
             return;
         }
-        let layer = match &input {
-            Input::Routed(d) => d.layer,
-            Input::Loaded { key, .. } | Input::Failed { key, .. } => key.layer,
-            Input::Foreseen { layer, .. } | Input::Computed { layer, .. } => *layer,
-        };
-        let outcome = match self.index_of.get(layer as usize).copied().flatten() {
-            None => Err(format!("layer {layer} has no routed experts")),
-            Some(i) => self.layers[i].handle(now, input, &mut self.actions, &mut self.statistics),
-        };
-        if let Err(reason) = outcome {
+        if let Err(reason) = self.try_handle(now, input) {
             self.aborted = true;
             self.actions.clear();
             self.actions.push_back(Action::Abort { reason });
+        }
+    }
+
+    fn try_handle(&mut self, now: Nanos, input: Input) -> Result<(), String> {
+        let layer = match &input {
+            Input::Begin => {
+                self.begin(now);
+                return Ok(());
+            }
+            Input::Routed(d) => d.layer,
+            Input::Foreseen { layer, .. } | Input::Computed { layer, .. } => *layer,
+            Input::Loaded { key, .. } | Input::Failed { key, .. } => key.layer,
+        };
+        let Some(index) = self.index_of.get(layer as usize).copied().flatten() else {
+            return Err(format!("layer {layer} has no routed experts"));
+        };
+        let Self { layers, pools, pool_of, costs, traffic, prefetcher, actions, statistics, .. } = self;
+        let one = &mut layers[index];
+        one.pass(now, statistics);
+        let pool = &mut pools[pool_of[index]];
+        let mut cx = Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
+        match input {
+            Input::Begin => {}
+            Input::Routed(demand) => {
+                if let Some(p) = prefetcher {
+                    p.routed(now, demand.step, index, &demand.experts);
+                }
+                one.routed(&demand, &mut cx)?;
+                if let (Some(p), Some(costs)) = (prefetcher, costs) {
+                    p.guess(index, layers, pools, pool_of, costs, self.schedule);
+                }
+            }
+            Input::Foreseen { distance, scores, .. } => {
+                if !scores.iter().all(|(e, _)| (*e as usize) < one.homes.len()) {
+                    return Err(format!("a guess at layer {layer} names experts that it lacks"));
+                }
+                if let Some(p) = prefetcher {
+                    p.foreseen(index, distance as usize, &scores);
+                }
+            }
+            Input::Loaded { key, slot } => one.loaded(key.expert, slot, &mut cx)?,
+            Input::Computed { wave, .. } => one.computed(wave, &mut cx)?,
+            Input::Failed { key, slot, reason } => one.failed(key.expert, slot, &reason, &mut cx)?,
+        }
+        self.prefetch(now);
+        Ok(())
+    }
+
+    /// Fills the slots as the plan says.
+    fn begin(&mut self, now: Nanos) {
+        for (index, expert) in std::mem::take(&mut self.preload) {
+            let Self { layers, pools, pool_of, costs, traffic, actions, statistics, .. } = self;
+            let pool = &mut pools[pool_of[index]];
+            if pool.presence(layers[index].key(expert)) == Presence::Absent && pool.would_evict() == Some(None) {
+                let mut cx = Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
+                layers[index].prefetch(expert, &mut cx);
+                statistics.prefetches_issued -= 1;
+                statistics.preloads += 1;
+            }
+        }
+    }
+
+    /// Issues what is worth it on links without demands.
+    fn prefetch(&mut self, now: Nanos) {
+        let Self { layers, pools, pool_of, costs, traffic, prefetcher, actions, statistics, .. } = self;
+        let (Some(prefetcher), Some(costs)) = (prefetcher, costs) else { return };
+        if traffic.links.iter().all(|(demanded, prefetched, _)| demanded + prefetched > 0) {
+            return;
+        }
+        let elapsed_s = now.0.saturating_sub(prefetcher.last_demand().0) as f64 * 1e-9;
+        loop {
+            let best = prefetcher.next(|c, starts_in_s, chances| {
+                let layer = &layers[c.index];
+                let tier = layer.homes[c.expert as usize].tier;
+                let (demanded, prefetched, _) = *traffic.of(tier);
+                let pool = &mut pools[pool_of[c.index]];
+                let copy_s = costs.layers[c.index].tiers[tier.0 as usize].copy.to_seconds().0;
+                let in_time = elapsed_s + copy_s <= starts_in_s;
+                if demanded + prefetched > 0 || !in_time || pool.presence(layer.key(c.expert)) != Presence::Absent {
+                    return false;
+                }
+                match pool.would_evict() {
+                    None => false,
+                    Some(victim) => {
+                        let of_layer = |key: u32| key.checked_sub(layer.first_key).and_then(|e| chances.get(e as usize)).copied();
+                        Prefetcher::beats(c, victim.and_then(of_layer))
+                    }
+                }
+            });
+            let Some(c) = best else { return };
+            let pool = &mut pools[pool_of[c.index]];
+            let mut cx = Context { now, pool, costs: Some(costs), traffic, out: actions, stats: statistics };
+            if !layers[c.index].prefetch(c.expert, &mut cx) {
+                return;
+            }
         }
     }
 
@@ -279,6 +424,9 @@ impl Engine {
     /// Slots of a layer with the experts that are ready in them.
     pub fn resident_slots(&self, layer: u32) -> impl Iterator<Item = (SlotId, u32)> + '_ {
         let index = self.index_of.get(layer as usize).copied().flatten();
-        index.into_iter().flat_map(|i| self.layers[i].ready_slots())
+        index.into_iter().flat_map(|i| {
+            let l = &self.layers[i];
+            self.pools[self.pool_of[i]].ready(l.first_key, l.homes.len() as u32)
+        })
     }
 }

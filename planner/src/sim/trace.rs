@@ -53,4 +53,18 @@ impl<'a> Trace<'a> {
         experts.dedup_by_key(|(e, _)| *e);
         (!experts.is_empty()).then_some(Demand { step: token as u64, layer, experts, tokens: 1, scores: Vec::new() })
     }
+
+    /// What these tokens together ask of the `index`-th MoE layer.
+    pub fn demand_of(&self, tokens: &[usize], index: usize, layer: u32) -> Option<Demand> {
+        let mut chosen: Vec<u32> = tokens.iter().flat_map(|t| self.chosen(*t, index)).map(u32::from).collect();
+        chosen.sort_unstable();
+        let mut experts: Vec<(u32, u32)> = Vec::new();
+        for e in chosen {
+            match experts.last_mut() {
+                Some((last, n)) if *last == e => *n += 1,
+                _ => experts.push((e, 1)),
+            }
+        }
+        (!experts.is_empty()).then_some(Demand { step: 0, layer, experts, tokens: tokens.len() as u32, scores: Vec::new() })
+    }
 }
