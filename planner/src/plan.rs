@@ -195,6 +195,9 @@ pub struct EngineSettings {
     pub prefetch_layers: u32,
     /// How the slots are shared.
     pub partition: CachePartition,
+    /// Whether a miss that was computed at home is loaded afterwards, when its link is idle and the policy thinks more of it than of whom
+    /// it would replace.
+    pub fill: bool,
 }
 
 impl EngineSettings {

@@ -71,6 +71,11 @@ impl ExpertCache {
         }
     }
 
+    /// What the policy thinks that keeping `expert` is worth.
+    pub fn worth(&self, expert: u32) -> f64 {
+        self.policy.worth(expert)
+    }
+
     /// Whom [`Self::place`] would evict: `Some(None)` if there is an empty slot, `None` if nobody may go now.
     pub fn would_evict(&mut self, kept: impl Fn(u32) -> bool) -> Option<Option<u32>> {
         if self.slots.contains(&SlotState::Empty) {

@@ -78,6 +78,8 @@ pub(super) struct LayerEngine {
     schedule: ScheduleKind,
     active: Option<Active>,
     last_event: Nanos,
+    /// Misses of the last demand that were computed at home.
+    missed_at_home: Vec<u32>,
     /// Kept to spare allocations.
     work: LayerWork,
 }
@@ -100,8 +102,13 @@ impl LayerEngine {
             schedule: plan.plan().engine.schedule,
             active: None,
             last_event: Nanos(0),
+            missed_at_home: Vec::new(),
             work: LayerWork::default(),
         }
+    }
+
+    pub fn missed_at_home(&self) -> impl Iterator<Item = u32> + '_ {
+        self.missed_at_home.iter().copied()
     }
 
     pub const fn key(&self, expert: u32) -> u32 {
@@ -162,7 +169,9 @@ impl LayerEngine {
                 }
                 Presence::Loading => {
                     cx.stats.misses += 1;
-                    cx.stats.prefetches_late += 1;
+                    if cx.pool.prefetched(key) == (Prefetched::Flying { guess: true }) {
+                        cx.stats.prefetches_late += 1;
+                    }
                     active.awaited.push(expert);
                     self.already(home, tokens, cx);
                 }
@@ -226,12 +235,16 @@ impl LayerEngine {
             None if item.move_s == 0.0 => Place::Cached,
             None => Place::Moved,
         };
+        self.missed_at_home.clear();
         for (i, item) in self.work.items.iter().enumerate() {
             let home = self.homes[item.expert as usize];
             match (place(i, item), cx.pool.presence(self.first_key + item.expert)) {
                 (Place::Home, _) => {
                     let executor = home.at_home.unwrap_or(home.executor);
                     cx.stats.computed_at_home += 1;
+                    if item.move_s > 0.0 {
+                        self.missed_at_home.push(item.expert);
+                    }
                     active.ready.push((item.expert, Location::Resident, executor));
                 }
                 (_, Presence::Ready(slot)) => active.ready.push((item.expert, Location::Slot(slot), home.executor)),
@@ -250,11 +263,13 @@ impl LayerEngine {
             return Err(self.not_loading(expert, slot));
         }
         let home = self.homes[expert as usize];
-        let flying = cx.pool.prefetched(key) == Prefetched::Flying;
+        let was = cx.pool.prefetched(key);
+        let flying = matches!(was, Prefetched::Flying { .. });
         self.arrived(home.tier, flying, cx);
         let awaited = self.active.as_mut().and_then(|a| Some((a.awaited.iter().position(|e| *e == expert)?, a)));
         if flying {
-            cx.pool.set_prefetched(key, if awaited.is_some() { Prefetched::No } else { Prefetched::Unused });
+            let unused = awaited.is_none() && was == (Prefetched::Flying { guess: true });
+            cx.pool.set_prefetched(key, if unused { Prefetched::Unused } else { Prefetched::No });
         }
         if let Some((at, active)) = awaited {
             active.awaited.swap_remove(at);
@@ -290,7 +305,8 @@ impl LayerEngine {
         if expert as usize >= self.homes.len() {
             return Err(self.not_loading(expert, slot));
         }
-        let flying = cx.pool.prefetched(key) == Prefetched::Flying;
+        let was = cx.pool.prefetched(key);
+        let flying = matches!(was, Prefetched::Flying { .. });
         let tier = self.homes[expert as usize].tier;
         match cx.pool.failed(key, slot) {
             None => Err(self.not_loading(expert, slot)),
@@ -300,7 +316,7 @@ impl LayerEngine {
                     // Nobody asked for it: it is given up, and read again if it is demanded.
                     cx.pool.cache.abandon(slot.index);
                     cx.pool.set_prefetched(key, Prefetched::No);
-                    cx.stats.prefetches_useless += 1;
+                    cx.stats.prefetches_useless += u64::from(was == Prefetched::Flying { guess: true });
                     self.arrived(tier, true, cx);
                     return Ok(());
                 }
@@ -329,21 +345,26 @@ impl LayerEngine {
         cx.out.push_back(Action::Load { key, slot, bytes: self.expert_bytes, from, purpose });
     }
 
-    /// Loads `expert` into a slot of its own accord; false if there is no slot for it now.
-    pub fn prefetch(&self, expert: u32, cx: &mut Context<'_>) -> bool {
+    /// Loads `expert` into a slot of its own accord, as a guess or for another reason; false if there is no slot for it now.
+    pub fn prefetch(&self, expert: u32, guess: bool, cx: &mut Context<'_>) -> bool {
         let key = self.key(expert);
         let Some((slot, evicted)) = cx.pool.place(key, cx.stats) else { return false };
         if let Some(victim) = evicted {
             cx.out.push_back(Action::Evict { key: victim, slot });
         }
-        cx.pool.set_prefetched(key, Prefetched::Flying);
-        cx.stats.prefetches_issued += 1;
+        cx.pool.set_prefetched(key, Prefetched::Flying { guess });
+        cx.stats.prefetches_issued += u64::from(guess);
         self.load(expert, slot, Purpose::Prefetch, cx);
         true
     }
 
+    /// Whether it waits for a slot: then whatever happened to its pool may concern it.
+    pub fn waits_for_slot(&self) -> bool {
+        self.active.as_ref().is_some_and(|a| !a.waiting.is_empty())
+    }
+
     /// Gives idle executors what is ready, waiting misses the slots that may go, and finishes when nothing is left.
-    fn advance(&mut self, cx: &mut Context<'_>) {
+    pub fn advance(&mut self, cx: &mut Context<'_>) {
         let Some(mut active) = self.active.take() else { return };
         // One wave per idle executor: all that is ready for it.
         while let Some(executor) = active.ready.iter().map(|r| r.2).find(|x| active.running.iter().all(|w| w.executor != *x)) {

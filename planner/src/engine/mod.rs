@@ -215,6 +215,8 @@ pub struct Statistics {
     pub computed_at_home: u64,
     /// Loads before the first demand, as the plan says.
     pub preloads: u64,
+    /// Loads of misses that had been computed at home.
+    pub fills: u64,
     /// Loads of guesses.
     pub prefetches_issued: u64,
     /// Guesses that were there when they were asked for.
@@ -255,6 +257,9 @@ pub struct Engine {
     traffic: Traffic,
     prefetcher: Option<Prefetcher>,
     schedule: ScheduleKind,
+    /// Misses computed at home that may yet be loaded: (layer's index, expert), latest last.
+    fills: VecDeque<(usize, u32)>,
+    fill: bool,
     preload: Vec<(usize, u32)>,
     actions: VecDeque<Action>,
     statistics: Statistics,
@@ -295,6 +300,8 @@ impl Engine {
             pool_of: plan.moe_layers().iter().map(|l| plan.pool_of(*l) as usize).collect(),
             prefetcher: costs.as_ref().and_then(|_| Prefetcher::new(plan)),
             schedule: plan.plan().engine.schedule,
+            fills: VecDeque::new(),
+            fill: plan.plan().engine.fill,
             costs,
             traffic: Traffic { links, link_of_tier },
             preload,
@@ -341,6 +348,11 @@ impl Engine {
                     p.routed(now, demand.step, index, &demand.experts);
                 }
                 one.routed(&demand, &mut cx)?;
+                if self.fill {
+                    // A layer's own later misses are better guesses than its earlier ones.
+                    self.fills.retain(|(i, _)| *i != index);
+                    self.fills.extend(one.missed_at_home().map(|e| (index, e)));
+                }
                 if let (Some(p), Some(costs)) = (prefetcher, costs) {
                     p.guess(index, layers, pools, pool_of, costs, self.schedule);
                 }
@@ -357,8 +369,19 @@ impl Engine {
             Input::Computed { wave, .. } => one.computed(wave, &mut cx)?,
             Input::Failed { key, slot, reason } => one.failed(key.expert, slot, &reason, &mut cx)?,
         }
+        self.resume(now);
         self.prefetch(now);
+        self.fill(now);
         Ok(())
+    }
+
+    /// Lets layers go on that wait for a slot: one that was filled unasked may have become free.
+    fn resume(&mut self, now: Nanos) {
+        let Self { layers, pools, pool_of, costs, traffic, actions, statistics, .. } = self;
+        for (layer, pool) in layers.iter_mut().zip(pool_of).filter(|(l, _)| l.waits_for_slot()) {
+            let pool = &mut pools[*pool];
+            layer.advance(&mut Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics });
+        }
     }
 
     /// Fills the slots as the plan says.
@@ -368,9 +391,39 @@ impl Engine {
             let pool = &mut pools[pool_of[index]];
             if pool.presence(layers[index].key(expert)) == Presence::Absent && pool.would_evict() == Some(None) {
                 let mut cx = Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
-                layers[index].prefetch(expert, &mut cx);
-                statistics.prefetches_issued -= 1;
+                layers[index].prefetch(expert, false, &mut cx);
                 statistics.preloads += 1;
+            }
+        }
+    }
+
+    /// Loads misses that were computed at home, newest first, on links that carry nothing.
+    fn fill(&mut self, now: Nanos) {
+        let Self { layers, pools, pool_of, costs, traffic, fills, actions, statistics, .. } = self;
+        let mut at = fills.len();
+        while at > 0 {
+            at -= 1;
+            let (index, expert) = fills[at];
+            let layer = &layers[index];
+            let (demanded, prefetched, _) = *traffic.of(layer.homes[expert as usize].tier);
+            if demanded + prefetched > 0 {
+                continue;
+            }
+            fills.remove(at);
+            let (key, pool) = (layer.key(expert), &mut pools[pool_of[index]]);
+            if pool.presence(key) != Presence::Absent {
+                continue;
+            }
+            let worth_it = match pool.would_evict() {
+                None => false,
+                Some(None) => true,
+                Some(Some(victim)) => pool.cache.worth(key) > pool.cache.worth(victim),
+            };
+            if worth_it {
+                let mut cx = Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
+                if layer.prefetch(expert, false, &mut cx) {
+                    statistics.fills += 1;
+                }
             }
         }
     }
@@ -405,7 +458,7 @@ impl Engine {
             let Some(c) = best else { return };
             let pool = &mut pools[pool_of[c.index]];
             let mut cx = Context { now, pool, costs: Some(costs), traffic, out: actions, stats: statistics };
-            if !layers[c.index].prefetch(c.expert, &mut cx) {
+            if !layers[c.index].prefetch(c.expert, true, &mut cx) {
                 return;
             }
         }

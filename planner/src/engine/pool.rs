@@ -12,9 +12,9 @@ use crate::check::CheckedPlan;
 pub(super) enum Prefetched {
     /// There was none, or it has served.
     No,
-    /// On its way.
-    Flying,
-    /// There, and nobody asked for it yet.
+    /// On its way without anyone having asked; `guess` when it is a guess, and no preload or fill.
+    Flying { guess: bool },
+    /// A guess that is there, and nobody asked for it yet.
     Unused,
 }
 

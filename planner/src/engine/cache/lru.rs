@@ -29,4 +29,8 @@ impl CachePolicy for Lru {
         // min_by_key keeps the first of equals.
         candidates.iter().copied().min_by_key(|e| self.last_used[*e as usize]).expect("candidates are not empty")
     }
+
+    fn worth(&self, expert: u32) -> f64 {
+        self.last_used[expert as usize] as f64
+    }
 }

@@ -27,6 +27,9 @@ pub trait CachePolicy: std::fmt::Debug + Send {
 
     /// The expert of `candidates` (ascending, not empty) that is worth least.
     fn victim(&mut self, candidates: &[u32]) -> u32;
+
+    /// What keeping `expert` is worth, in a measure of the policy's own.
+    fn worth(&self, expert: u32) -> f64;
 }
 
 /// The policy of a layer with `num_experts` experts.

@@ -54,10 +54,3 @@ pub struct Schedule {
     /// Seconds until all is computed.
     pub makespan_s: f64,
 }
-
-/// TEMPORARY
-pub fn decide(_kind: crate::plan::ScheduleKind, work: &LayerWork) -> Schedule {
-    let places: Vec<Place> = work.items.iter().map(|i| if i.move_s == 0.0 { Place::Cached } else { Place::Moved }).collect();
-    let moves = (0..places.len()).filter(|i| places[*i] == Place::Moved).collect();
-    Schedule { places, moves, makespan_s: 0.0 }
-}
