@@ -3,6 +3,7 @@
 //! JSON, versioned by its first field; unknown fields are refused. The JSON Schema is generated from these types and committed as
 //! `planner/schema/plan.schema.json`. A plan read from a file is only a claim: [`Plan::check`] makes it a [`crate::CheckedPlan`].
 
+use crate::engine::schedule::Rule;
 use crate::error::PlanError;
 use crate::held_out::HeldOut;
 use crate::request::Request;
@@ -144,21 +145,6 @@ pub enum CachePolicyKind {
     Lru,
 }
 
-/// Who computes the experts that a demand does not find in their slots.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ScheduleKind {
-    /// Whatever ends first: the optimum over computing at home and moving, demand by demand.
-    #[default]
-    Exact,
-    /// The rule of HybriMoE's paper: commit whatever completes earliest.
-    HybriMoe,
-    /// Hits beside the slots, misses at home where a processor can; nothing is moved that need not be.
-    Static,
-    /// Every miss is moved.
-    OnDemand,
-}
-
 /// Whence guesses at later demands come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -188,7 +174,7 @@ pub enum CachePartition {
 #[serde(deny_unknown_fields, default)]
 pub struct EngineSettings {
     /// Who computes misses.
-    pub schedule: ScheduleKind,
+    pub schedule: Rule,
     /// What is prefetched.
     pub prefetch: PrefetchKind,
     /// How many layers ahead prefetches look, 1 to 8; of no meaning when nothing is prefetched.

@@ -11,8 +11,9 @@ use tierwise_cost::machine::Machine;
 use tierwise_cost::model::ModelSpec;
 use tierwise_cost::units::Nanos;
 use tierwise_planner::engine::costs::EngineCosts;
+use tierwise_planner::engine::schedule::Rule;
 use tierwise_planner::engine::{Action, Demand, Engine, Input, Location, MAX_RETRIES, Purpose, SlotId};
-use tierwise_planner::plan::{CachePartition, EngineSettings, PrefetchKind, ScheduleKind};
+use tierwise_planner::plan::{CachePartition, EngineSettings, PrefetchKind};
 use tierwise_planner::sim::setup::{CacheSetup, cached_plan};
 use tierwise_planner::sim::{Keep, Trace, Workload, replay, simulate};
 use tierwise_planner::{CheckedPlan, Problem, Request};
@@ -94,8 +95,7 @@ impl Watch<'_> {
 }
 
 fn settings() -> impl Strategy<Value = EngineSettings> {
-    let schedule =
-        prop::sample::select(vec![ScheduleKind::Exact, ScheduleKind::HybriMoe, ScheduleKind::Static, ScheduleKind::OnDemand]);
+    let schedule = prop::sample::select(vec![Rule::Exact, Rule::Hybrimoe, Rule::Static, Rule::AllMoved]);
     let prefetch = prop::sample::select(vec![PrefetchKind::Off, PrefetchKind::History, PrefetchKind::Lookahead]);
     let partition = prop::sample::select(vec![CachePartition::PerLayer, CachePartition::Global]);
     (schedule, prefetch, 1_u32..4, partition, any::<bool>()).prop_map(|(schedule, prefetch, prefetch_layers, partition, fill)| {
@@ -197,8 +197,7 @@ proptest! {
 #[test]
 fn a_guess_that_cannot_be_read_does_not_stop_the_run() {
     let (spec, machine) = (tiny(2, 8, 2), small_machine(8 << 30, 64 << 30, 0));
-    let (plan, costs) =
-        hybrid(&spec, &machine, 2, EngineSettings { schedule: ScheduleKind::OnDemand, ..EngineSettings::default() }, 1);
+    let (plan, costs) = hybrid(&spec, &machine, 2, EngineSettings { schedule: Rule::AllMoved, ..EngineSettings::default() }, 1);
     let mut e = Engine::with_costs(&plan, costs);
     e.handle(Nanos(0), Input::Begin);
     let loads: Vec<Action> = std::iter::from_fn(|| e.poll(Nanos(0))).collect();
@@ -222,7 +221,7 @@ fn simulated_runs_replay_and_add_up() {
     let trace = Trace::new(ids, 24, 4).unwrap().take(120);
     let (spec, machine) = (tiny(24, 32, 4), small_machine(8 << 30, 64 << 30, 0));
     for prefetch in [PrefetchKind::Off, PrefetchKind::History] {
-        for schedule in [ScheduleKind::Exact, ScheduleKind::HybriMoe, ScheduleKind::Static, ScheduleKind::OnDemand] {
+        for schedule in [Rule::Exact, Rule::Hybrimoe, Rule::Static, Rule::AllMoved] {
             let engine = EngineSettings { schedule, prefetch, prefetch_layers: 2, fill: true, ..EngineSettings::default() };
             let (plan, costs) = hybrid(&spec, &machine, 8, engine, 8);
             for workload in [

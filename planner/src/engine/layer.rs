@@ -2,10 +2,9 @@
 
 use super::costs::EngineCosts;
 use super::pool::{Pool, Prefetched, Presence};
-use super::schedule::{Item, LayerWork, Place, decide};
+use super::schedule::{Item, LayerWork, Place, Rule, Schedule, Scratch};
 use super::{Action, Demand, ExecutorId, ExpertKey, Location, MAX_RETRIES, Purpose, SlotId, Statistics, TierId};
 use crate::check::CheckedPlan;
-use crate::plan::ScheduleKind;
 use std::collections::VecDeque;
 use tierwise_cost::units::{Bytes, Nanos};
 
@@ -75,13 +74,15 @@ pub(super) struct LayerEngine {
     pub first_key: u32,
     pub expert_bytes: Bytes,
     pub homes: Vec<Home>,
-    schedule: ScheduleKind,
+    rule: Rule,
     active: Option<Active>,
     last_event: Nanos,
     /// Misses of the last demand that were computed at home.
     missed_at_home: Vec<u32>,
     /// Kept to spare allocations.
     work: LayerWork,
+    schedule: Schedule,
+    scratch: Scratch,
 }
 
 impl LayerEngine {
@@ -99,11 +100,13 @@ impl LayerEngine {
             first_key,
             expert_bytes: plan.expert_bytes(layer),
             homes,
-            schedule: plan.plan().engine.schedule,
+            rule: plan.plan().engine.schedule,
             active: None,
             last_event: Nanos(0),
             missed_at_home: Vec::new(),
             work: LayerWork::default(),
+            schedule: Schedule::default(),
+            scratch: Scratch::default(),
         }
     }
 
@@ -221,19 +224,20 @@ impl LayerEngine {
     /// Decides who computes what, and what is moved in which order.
     fn assign(&mut self, active: &mut Active, cx: &mut Context<'_>) {
         let choice = cx.costs.filter(|_| self.work.items.iter().any(|i| i.cpu_s.is_finite()));
-        let schedule = choice.map(|costs| {
+        let chosen = choice.is_some();
+        if let Some(costs) = choice {
             let first = self.work.items.iter().find(|i| i.cpu_s.is_finite()).map_or(0, |i| i.expert);
             let home = self.homes[first as usize];
             if let Some(executor) = home.at_home {
                 self.work.cpu_first_s += costs.sync[executor.0 as usize].to_seconds().0;
             }
             self.work.link_busy_s = cx.traffic.of(home.tier).2.0.saturating_sub(cx.now.0) as f64 * 1e-9;
-            decide(self.schedule, &self.work)
-        });
-        let place = |i: usize, item: &Item| match &schedule {
-            Some(s) => s.places[i],
-            None if item.move_s == 0.0 => Place::Cached,
-            None => Place::Moved,
+            self.rule.decide(&self.work, &mut self.scratch, &mut self.schedule);
+        }
+        let place = |i: usize, item: &Item| match chosen {
+            true => self.schedule.places[i],
+            false if item.is_cached() => Place::Cached,
+            false => Place::Moved,
         };
         self.missed_at_home.clear();
         for (i, item) in self.work.items.iter().enumerate() {
@@ -248,12 +252,12 @@ impl LayerEngine {
                     active.ready.push((item.expert, Location::Resident, executor));
                 }
                 (_, Presence::Ready(slot)) => active.ready.push((item.expert, Location::Slot(slot), home.executor)),
-                _ if schedule.is_none() => active.waiting.push_back(item.expert),
+                _ if !chosen => active.waiting.push_back(item.expert),
                 _ => {}
             }
         }
-        if let Some(schedule) = &schedule {
-            active.waiting.extend(schedule.moves.iter().map(|i| self.work.items[*i].expert));
+        if chosen {
+            active.waiting.extend(self.schedule.moves.iter().map(|i| self.work.items[*i].expert));
         }
     }
 

@@ -21,7 +21,6 @@ mod prefetcher;
 pub mod schedule;
 
 use crate::check::CheckedPlan;
-use crate::plan::ScheduleKind;
 use costs::EngineCosts;
 use layer::{Context, LayerEngine, Traffic};
 use pool::{Pool, Presence};
@@ -256,7 +255,7 @@ pub struct Engine {
     costs: Option<Arc<EngineCosts>>,
     traffic: Traffic,
     prefetcher: Option<Prefetcher>,
-    schedule: ScheduleKind,
+    rule: schedule::Rule,
     /// Misses computed at home that may yet be loaded: (layer's index, expert), latest last.
     fills: VecDeque<(usize, u32)>,
     fill: bool,
@@ -299,7 +298,7 @@ impl Engine {
             pools,
             pool_of: plan.moe_layers().iter().map(|l| plan.pool_of(*l) as usize).collect(),
             prefetcher: costs.as_ref().and_then(|_| Prefetcher::new(plan)),
-            schedule: plan.plan().engine.schedule,
+            rule: plan.plan().engine.schedule,
             fills: VecDeque::new(),
             fill: plan.plan().engine.fill,
             costs,
@@ -354,7 +353,7 @@ impl Engine {
                     self.fills.extend(one.missed_at_home().map(|e| (index, e)));
                 }
                 if let (Some(p), Some(costs)) = (prefetcher, costs) {
-                    p.guess(index, layers, pools, pool_of, costs, self.schedule);
+                    p.guess(index, layers, pools, pool_of, costs, self.rule);
                 }
             }
             Input::Foreseen { distance, scores, .. } => {

@@ -10,9 +10,9 @@ use super::costs::EngineCosts;
 use super::layer::LayerEngine;
 use super::pool::{Pool, Presence};
 use super::prefetch::{HitCalibration, Predictor, predictor};
-use super::schedule::{Item, LayerWork, decide};
+use super::schedule::{Item, LayerWork, Rule, Schedule, Scratch};
 use crate::check::CheckedPlan;
-use crate::plan::{PrefetchKind, ScheduleKind};
+use crate::plan::PrefetchKind;
 use tierwise_cost::units::Nanos;
 
 /// Guesses below this are not worth a copy.
@@ -49,6 +49,8 @@ pub(super) struct Prefetcher {
     /// Experts per step that each layer asked for lately. `[layers]`
     demanded: Vec<f64>,
     work: LayerWork,
+    schedule: Schedule,
+    scratch: Scratch,
 }
 
 impl Prefetcher {
@@ -72,6 +74,8 @@ impl Prefetcher {
             last: None,
             demanded: vec![0.0; n],
             work: LayerWork::default(),
+            schedule: Schedule::default(),
+            scratch: Scratch::default(),
         })
     }
 
@@ -114,7 +118,7 @@ impl Prefetcher {
         pools: &[Pool],
         pool_of: &[usize],
         costs: &EngineCosts,
-        rule: ScheduleKind,
+        rule: Rule,
     ) {
         let n = layers.len();
         for distance in 1..=self.depth.min(n) {
@@ -142,15 +146,7 @@ impl Prefetcher {
     }
 
     /// What each absent guess is worth: the layer's time with the likely demand, with and without it in place.
-    fn weigh(
-        &mut self,
-        index: usize,
-        guesses: &[(u32, f64)],
-        layer: &LayerEngine,
-        pool: &Pool,
-        costs: &EngineCosts,
-        rule: ScheduleKind,
-    ) {
+    fn weigh(&mut self, index: usize, guesses: &[(u32, f64)], layer: &LayerEngine, pool: &Pool, costs: &EngineCosts, rule: Rule) {
         let likely = (self.demanded[index].round().max(1.0) as usize).min(guesses.len());
         self.work.items.clear();
         for (expert, _) in &guesses[..likely] {
@@ -171,7 +167,7 @@ impl Prefetcher {
         }
         let sync = layer.homes.iter().find_map(|h| h.at_home).map_or(0.0, |x| costs.sync[x.0 as usize].to_seconds().0);
         (self.work.gpu_busy_s, self.work.cpu_first_s, self.work.link_busy_s) = (0.0, sync, 0.0);
-        let without = decide(rule, &self.work).makespan_s;
+        let without = self.makespan(rule);
         for (expert, probability) in guesses {
             let home = layer.homes[*expert as usize];
             if *probability < LEAST_PROBABILITY || !home.cached || pool.presence(layer.key(*expert)) != Presence::Absent {
@@ -181,7 +177,7 @@ impl Prefetcher {
                 Some(at) => {
                     let item = self.work.items[at];
                     (self.work.items[at].move_s, self.work.items[at].contended_s) = (0.0, 0.0);
-                    let with = decide(rule, &self.work).makespan_s;
+                    let with = self.makespan(rule);
                     self.work.items[at] = item;
                     (without - with).max(0.0) * probability
                 }
@@ -194,6 +190,11 @@ impl Prefetcher {
                 .then(b.probability.total_cmp(&a.probability))
                 .then((a.index, a.expert).cmp(&(b.index, b.expert)))
         });
+    }
+
+    fn makespan(&mut self, rule: Rule) -> f64 {
+        rule.decide(&self.work, &mut self.scratch, &mut self.schedule);
+        self.schedule.makespan_s
     }
 
     /// Takes the best guess that may be loaded now, if there is one.

@@ -18,6 +18,9 @@ pub use greedy::greedy;
 pub use hybrimoe::hybrimoe;
 pub use static_rule::static_rule;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 /// One demanded expert.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Item {
@@ -100,7 +103,8 @@ impl Scratch {
 }
 
 /// A way to decide.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum Rule {
     /// The optimum ([`exact`]).
     #[default]
