@@ -226,7 +226,7 @@ fn simulated_runs_replay_and_add_up() {
             let (plan, costs) = hybrid(&spec, &machine, 8, engine, 8);
             for workload in [
                 Workload::decode(trace),
-                Workload::prefill(trace, &[0..60, 60..120], 32),
+                Workload::prefill(trace, &(0..120).collect::<Vec<_>>(), 30),
                 Workload::decode_batch(trace, &[0..40, 40..80, 80..120], 2),
             ] {
                 let r = simulate(&plan, Some(&costs), &workload, Keep { record: true, timeline: true });

@@ -5,6 +5,7 @@
 //! ([`crate::engine::costs::TierTime::contended`]). Copies of guesses go on while other layers compute.
 
 pub mod setup;
+pub mod study;
 mod timeline;
 mod trace;
 mod workload;
@@ -114,14 +115,22 @@ enum Done {
     },
 }
 
-/// A copy under way.
+/// A copy, waiting or under way, that reads the memory from which an executor computes.
 #[derive(Debug, Clone, Copy)]
 struct Copying {
+    begin: Nanos,
     end: Nanos,
-    took: Nanos,
+    /// What it takes from the reading of that executor, if that reads all the while.
     contended: Nanos,
-    /// Whose memory it reads.
     reader: u32,
+}
+
+impl Copying {
+    /// What it takes between `from` and `to`.
+    fn takes(&self, from: Nanos, to: Nanos) -> u64 {
+        let both = to.0.min(self.end.0).saturating_sub(from.0.max(self.begin.0));
+        (u128::from(self.contended.0) * u128::from(both) / u128::from((self.end.0 - self.begin.0).max(1))) as u64
+    }
 }
 
 /// Replays a workload through a fresh engine for `plan`. Without `costs` nothing takes time: only hits are counted.
@@ -144,7 +153,7 @@ pub fn simulate(plan: &CheckedPlan, costs: Option<&Arc<EngineCosts>>, workload: 
         at_once: VecDeque::new(),
         started: 0,
         free: vec![Nanos(0); executors + links],
-        delayed: vec![Nanos(0); executors],
+        running: vec![(Nanos(0), 0); executors],
         copying: Vec::new(),
         tokens_of: Vec::new(),
         finished: true,
@@ -186,8 +195,8 @@ struct Simulator<'a> {
     started: u64,
     /// When each resource is free: executors, then links.
     free: Vec<Nanos>,
-    /// What copies take from the wave that each executor computes.
-    delayed: Vec<Nanos>,
+    /// When each executor began its wave, and by how much copies have delayed that so far.
+    running: Vec<(Nanos, u64)>,
     copying: Vec<Copying>,
     /// Tokens of each expert in the running demand, ascending by expert.
     tokens_of: Vec<(u32, u32)>,
@@ -264,10 +273,14 @@ impl Simulator<'_> {
                 Done::Router => {}
                 Done::Load { layer, expert, slot } => self.tell(Input::Loaded { key: ExpertKey { layer, expert }, slot }),
                 Done::Wave { layer, wave, executor } => {
-                    let delay = std::mem::take(&mut self.delayed[executor as usize]);
-                    if delay.0 > 0 {
-                        let end = self.now + delay;
-                        self.busy(executor as usize, self.now, end, || "waits for memory".into());
+                    // It was slower while copies read its memory: by what they took until now, of which it may be late again.
+                    let (start, late) = self.running[executor as usize];
+                    let beside = self.copying.iter().filter(|c| c.reader == executor);
+                    let delay = beside.map(|c| c.takes(start, due.at)).sum::<u64>();
+                    if delay > late {
+                        self.running[executor as usize].1 = delay;
+                        let end = due.at + Nanos(delay - late);
+                        self.busy(executor as usize, due.at, end, || "waits for memory".into());
                         self.free[executor as usize] = end;
                         self.push(end, Done::Wave { layer, wave, executor });
                     } else {
@@ -309,13 +322,15 @@ impl Simulator<'_> {
         self.free[link] = end;
         self.busy(link, begin, end, || format!("layer {} expert {}", key.layer, key.expert));
         if let Some(reader) = self.plan.home_executor(crate::engine::TierId(tier as u32)) {
-            let reader = reader.0;
-            // A running computation ends later; one that begins meanwhile pays for what is left of the copy.
-            if self.free[reader as usize] > self.now {
-                self.delayed[reader as usize] = self.delayed[reader as usize] + time.contended;
-            } else {
-                self.copying.push(Copying { end, took: time.copy, contended: time.contended, reader });
+            if self.copying.len() >= 64 {
+                let (now, running, free) = (self.now, &self.running, &self.free);
+                let counts = |c: &Copying| {
+                    let reader = c.reader as usize;
+                    c.end > now || (free[reader] > now && c.end > running[reader].0)
+                };
+                self.copying.retain(counts);
             }
+            self.copying.push(Copying { begin, end, contended: time.contended, reader: reader.0 });
         }
         self.push(end, Done::Load { layer: key.layer, expert: key.expert, slot });
     }
@@ -336,13 +351,7 @@ impl Simulator<'_> {
             took = took + home.unwrap_or(&time.compute).at(tokens);
         }
         let begin = self.free[x].max(self.now);
-        let now = self.now;
-        self.copying.retain(|c| c.end > now);
-        for c in self.copying.iter().filter(|c| c.reader == executor.0) {
-            let left = u128::from(c.end.0 - begin.0.min(c.end.0)).min(u128::from(c.took.0));
-            took = took + Nanos((u128::from(c.contended.0) * left / u128::from(c.took.0.max(1))) as u64);
-        }
-        self.copying.retain(|c| c.reader != executor.0);
+        self.running[x] = (begin, 0);
         let end = begin + took;
         self.free[x] = end;
         self.busy(x, begin, end, || format!("layer {layer}: {} experts", experts.len()));

@@ -51,14 +51,15 @@ impl<'a> Workload<'a> {
         Self { trace, steps }
     }
 
-    /// Every sequence as a prompt, in chunks of `chunk` tokens.
-    pub fn prefill(trace: Trace<'a>, sequences: &[Range<usize>], chunk: usize) -> Self {
-        let chunks = |s: &Range<usize>| {
-            let (start, end) = (s.start, s.end);
-            (start..end).step_by(chunk.max(1)).map(move |a| a..(a + chunk.max(1)).min(end)).collect::<Vec<_>>()
-        };
-        let steps = sequences.iter().flat_map(chunks).map(|c| Step { tokens: c.collect(), prefill: true }).collect();
-        Self { trace, steps }
+    /// `tokens` one by one.
+    pub fn decode_tokens(trace: Trace<'a>, tokens: &[usize]) -> Self {
+        Self { trace, steps: tokens.iter().map(|t| Step { tokens: vec![*t], prefill: false }).collect() }
+    }
+
+    /// `tokens` as prompts of `chunk` tokens each; a rest that fills none is left out.
+    pub fn prefill(trace: Trace<'a>, tokens: &[usize], chunk: usize) -> Self {
+        let steps = tokens.chunks_exact(chunk.max(1)).map(|c| Step { tokens: c.to_vec(), prefill: true });
+        Self { trace, steps: steps.collect() }
     }
 
     /// What step number `step` asks of the `index`-th layer with routed experts, which is layer `layer` of the model; `None` if nothing
