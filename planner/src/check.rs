@@ -43,6 +43,8 @@ pub struct CheckedPlan {
     index_of: Vec<Option<usize>>,
     /// Tier of each expert, by plan layer. `[layers][experts]`
     tier_of: Vec<Vec<u8>>,
+    /// Experts per token, by plan layer.
+    experts_per_token: Vec<u32>,
     /// Distinct executors: the main one first.
     executors: Vec<Executor>,
     /// Executor of each tier.
@@ -99,7 +101,8 @@ impl Plan {
             executor_of_tier.push(ExecutorId(known as u32));
         }
         let moe_layers = self.layers.iter().map(|l| l.layer).collect();
-        Ok(CheckedPlan { plan: self, moe_layers, index_of, tier_of, executors, executor_of_tier })
+        let experts_per_token = spec.moe_layers().map(|(_, moe)| moe.experts_per_token).collect();
+        Ok(CheckedPlan { plan: self, moe_layers, index_of, tier_of, experts_per_token, executors, executor_of_tier })
     }
 }
 
@@ -358,6 +361,11 @@ impl CheckedPlan {
     /// Routed experts of a layer; 0 if it has none.
     pub fn num_experts(&self, layer: u32) -> u32 {
         self.layer(layer).map_or(0, |i| self.tier_of[i].len() as u32)
+    }
+
+    /// Routed experts that a token takes in a layer; 0 if it has none.
+    pub fn experts_per_token(&self, layer: u32) -> u32 {
+        self.layer(layer).and_then(|i| self.experts_per_token.get(i)).copied().unwrap_or(0)
     }
 
     /// Cache slots of a layer.

@@ -42,7 +42,7 @@ fn every_idea_helps_and_all_together_most() {
         let (trace, _) = trace(full, cut);
         let (train, test) = trace.split(0.5, 1).unwrap();
         let shares = trace.shares(&train);
-        let tokens: Vec<usize> = trace.tokens(&test).take(6000).collect();
+        let tokens: Vec<usize> = trace.tokens(&test).take(1100).collect();
         let request = Request { context: 4096, chunk_tokens: 1024, prompt_tokens: 1024, ..Request::default() };
         let problem = Problem::new(&spec, &machine, request).unwrap();
         let variants = ablation(CachePolicyKind::Lru, CachePolicyKind::Lru, 3);

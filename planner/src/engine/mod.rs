@@ -30,6 +30,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use tierwise_cost::units::{Bytes, Nanos};
 
+/// Steps over which the use of experts is averaged where it is weighed whether a miss is loaded afterwards.
+const FILL_STEPS: f32 = 16.0;
+
 /// Loads of an expert are tried again this often.
 pub const MAX_RETRIES: u32 = 2;
 
@@ -259,6 +262,8 @@ pub struct Engine {
     /// Misses computed at home that may yet be loaded: (layer's index, expert), latest last.
     fills: VecDeque<(usize, u32)>,
     fill: bool,
+    /// Share of the latest steps that demanded each expert, for fills. `[layers][experts]`
+    rates: Vec<Vec<f32>>,
     preload: Vec<(usize, u32)>,
     actions: VecDeque<Action>,
     statistics: Statistics,
@@ -292,6 +297,8 @@ impl Engine {
         };
         let links = vec![(0, 0, Nanos(0)); link_of_tier.iter().max().map_or(0, |l| l + 1)];
         let preload = plan.plan().layers.iter().enumerate().flat_map(|(i, l)| l.preload.iter().map(move |e| (i, *e))).collect();
+        let rated = |l: &LayerEngine| if plan.plan().engine.fill { l.homes.len() } else { 0 };
+        let rates = layers.iter().map(|l| vec![0.0; rated(l)]).collect();
         Self {
             layers,
             index_of,
@@ -301,6 +308,7 @@ impl Engine {
             rule: plan.plan().engine.schedule,
             fills: VecDeque::new(),
             fill: plan.plan().engine.fill,
+            rates,
             costs,
             traffic: Traffic { links, link_of_tier },
             preload,
@@ -348,6 +356,9 @@ impl Engine {
                 }
                 one.routed(&demand, &mut cx)?;
                 if self.fill {
+                    let rates = &mut self.rates[index];
+                    rates.iter_mut().for_each(|r| *r -= *r / FILL_STEPS);
+                    demand.experts.iter().for_each(|(e, _)| rates[*e as usize] += 1.0 / FILL_STEPS);
                     // A layer's own later misses are better guesses than its earlier ones.
                     self.fills.retain(|(i, _)| *i != index);
                     self.fills.extend(one.missed_at_home().map(|e| (index, e)));
@@ -413,10 +424,21 @@ impl Engine {
             if pool.presence(key) != Presence::Absent {
                 continue;
             }
+            // Seconds saved while it stays, for as many steps as the rates look back, against what the copy takes from computing.
+            let time = costs.as_ref().map(|c| &c.layers[index].tiers[layer.homes[expert as usize].tier.0 as usize]);
+            let saved = |rate: f32| {
+                let s = time.and_then(|t| t.at_home.as_ref()).map_or(0.0, |t| t.at(1).to_seconds().0);
+                f64::from(rate * FILL_STEPS) * s
+            };
+            let price = time.map_or(0.0, |t| t.contended.to_seconds().0);
             let worth_it = match pool.would_evict() {
                 None => false,
                 Some(None) => true,
-                Some(Some(victim)) => pool.cache.worth(key) > pool.cache.worth(victim),
+                Some(Some(victim)) => {
+                    let of_victim = victim.checked_sub(layer.first_key).and_then(|e| self.rates[index].get(e as usize));
+                    let rate = self.rates[index][expert as usize] - of_victim.copied().unwrap_or(0.0);
+                    pool.cache.worth(key) > pool.cache.worth(victim) && saved(rate) > price
+                }
             };
             if worth_it {
                 let mut cx = Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics };

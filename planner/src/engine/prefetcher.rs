@@ -9,7 +9,7 @@ use super::SCORE_ONE;
 use super::costs::EngineCosts;
 use super::layer::LayerEngine;
 use super::pool::{Pool, Presence};
-use super::prefetch::{HitCalibration, Predictor, predictor};
+use super::prefetch::{HitCalibration, Mix, Predictor, Shape};
 use super::schedule::{Item, LayerWork, Rule, Schedule, Scratch};
 use crate::check::CheckedPlan;
 use crate::plan::PrefetchKind;
@@ -62,11 +62,18 @@ impl Prefetcher {
         }
         let experts: Vec<u32> = plan.moe_layers().iter().map(|l| plan.num_experts(*l)).collect();
         let n = experts.len();
+        let k = plan.plan().layers.first().map_or(1, |l| plan.experts_per_token(l.layer));
+        let shape = Shape {
+            num_layers: n,
+            num_experts: experts.iter().copied().max().unwrap_or(0) as usize,
+            experts_per_token: k as usize,
+            max_distance: settings.prefetch_layers as usize,
+        };
         Some(Self {
             kind: settings.prefetch,
             depth: settings.prefetch_layers as usize,
-            predictor: predictor(&experts, settings.prefetch_layers as usize),
-            calibration: HitCalibration::new(),
+            predictor: Box::new(Mix::new(shape)),
+            calibration: HitCalibration::new(shape.max_distance),
             candidates: Vec::new(),
             chances: experts.iter().map(|e| vec![0.0; *e as usize]).collect(),
             foreseen: vec![None; n],
@@ -94,7 +101,7 @@ impl Prefetcher {
         if let Some((distance, guesses)) = self.foreseen[index].take() {
             for (expert, p) in guesses {
                 let hit = experts.binary_search_by_key(&expert, |e| e.0).is_ok();
-                self.calibration.observe(distance, p, hit);
+                self.calibration.record(distance, p, hit);
             }
         }
         let demanded = &mut self.demanded[index];
@@ -124,22 +131,23 @@ impl Prefetcher {
         for distance in 1..=self.depth.min(n) {
             let target = (index + distance) % n;
             let limit = (self.demanded[target] * 2.0).ceil().max(1.0) as usize;
-            let guesses: Vec<(u32, f64)> = match &self.foreseen[target] {
+            let mut guesses: Vec<(u32, f64)> = match &self.foreseen[target] {
                 Some((d, scores)) => {
                     let mut all: Vec<(u32, f64)> =
                         scores.iter().map(|(e, p)| (*e, self.calibration.probability(*d, *p))).collect();
                     all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-                    all.truncate(limit);
                     all
                 }
-                None => self.predictor.predict(index, distance, limit),
+                None => self.predictor.predict(index, distance, layers[target].homes.len()),
             };
+            guesses.retain(|(e, _)| (*e as usize) < layers[target].homes.len());
             self.candidates.retain(|c| c.index != target);
             let chances = &mut self.chances[target];
             chances.fill(0.0);
             for (e, p) in &guesses {
                 chances[*e as usize] = *p as f32;
             }
+            guesses.truncate(limit);
             let pool = &pools[pool_of[target]];
             self.weigh(target, &guesses, &layers[target], pool, costs, rule);
         }
