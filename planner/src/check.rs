@@ -231,6 +231,21 @@ fn check_engine(plan: &Plan) -> Result<(), PlanError> {
     if e.prefetch != PrefetchKind::Off && !(1..=MAX_PREFETCH_LAYERS).contains(&e.prefetch_layers) {
         return bad("engine.prefetch_layers", e.prefetch_layers, format!("1 to {MAX_PREFETCH_LAYERS}"));
     }
+    if e.staging_slots > 0 {
+        let cached = plan.layers.iter().filter(|l| l.slots > 0);
+        let needed = u64::from(e.staging_slots).saturating_mul(cached.map(|l| l.expert_bytes.0).max().unwrap_or(0));
+        for through in plan.tiers.iter().filter_map(|t| t.through.as_ref()) {
+            let room =
+                plan.budgets.iter().filter(|b| b.memory == *through).map(|b| b.line(budget::STAGING).0 + b.line(budget::FREE).0);
+            if room.sum::<u64>() < needed {
+                return bad(
+                    "engine.staging_slots",
+                    e.staging_slots,
+                    format!("slots that fit what {through} has for staging or free"),
+                );
+            }
+        }
+    }
     if e.partition == CachePartition::Global {
         let mut cached = plan.layers.iter().filter(|l| l.slots > 0);
         let first = cached.next();
@@ -378,8 +393,19 @@ impl CheckedPlan {
         self.layer(layer).map_or(Bytes::ZERO, |i| self.plan.layers[i].expert_bytes)
     }
 
-    /// The pools of cache slots: one per layer with routed experts, in order, or one for all.
+    /// The pools of slots: one per layer with routed experts, in order, or one for all; then the one for experts that do not stay, if
+    /// the plan has one.
     pub fn pools(&self) -> Vec<Pool> {
+        let mut pools = self.cache_pools();
+        if self.plan.engine.staging_slots > 0 {
+            let largest = self.plan.layers.iter().filter(|l| l.slots > 0).map(|l| l.expert_bytes).max().unwrap_or_default();
+            pools.push(Pool { slots: self.plan.engine.staging_slots, slot_bytes: largest });
+        }
+        pools
+    }
+
+    /// The pools whose contents stay.
+    pub fn cache_pools(&self) -> Vec<Pool> {
         let pool = |l: &PlanLayer| Pool { slots: l.slots, slot_bytes: if l.slots > 0 { l.expert_bytes } else { Bytes::ZERO } };
         let each = self.plan.layers.iter().map(pool);
         match self.plan.engine.partition {

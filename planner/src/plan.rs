@@ -184,6 +184,8 @@ pub struct EngineSettings {
     /// Whether a miss that was computed at home is loaded afterwards, when its link is idle and the policy thinks more of it than of whom
     /// it would replace.
     pub fill: bool,
+    /// Slots for experts that are moved for one step and do not stay; they take room from what the budget stages or leaves free.
+    pub staging_slots: u32,
 }
 
 impl EngineSettings {

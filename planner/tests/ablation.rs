@@ -42,10 +42,10 @@ fn every_idea_helps_and_all_together_most() {
         let (trace, _) = trace(full, cut);
         let (train, test) = trace.split(0.5, 1).unwrap();
         let shares = trace.shares(&train);
-        let tokens: Vec<usize> = trace.tokens(&test).take(1100).collect();
+        let tokens: Vec<usize> = trace.tokens(&test).take(1024).collect();
         let request = Request { context: 4096, chunk_tokens: 1024, prompt_tokens: 1024, ..Request::default() };
         let problem = Problem::new(&spec, &machine, request).unwrap();
-        let variants = ablation(CachePolicyKind::Lru, CachePolicyKind::Lru, 3);
+        let variants = ablation(CachePolicyKind::Lru, CachePolicyKind::Lru, 3, 12);
         for fraction in [0.25, 0.5, 0.75] {
             for chunk in [0, 32, 128, 512, 1024] {
                 let workload = match chunk {

@@ -56,15 +56,18 @@ impl Watch<'_> {
     fn see(&mut self, action: &Action) {
         match action {
             Action::Evict { key, slot } => {
+                assert!((slot.pool as usize) < self.plan.cache_pools().len());
                 assert_eq!(self.slots.remove(slot), Some((key.layer, key.expert, true)), "only what is in the slot leaves it");
                 let needed = self.demanded.get(&key.layer).is_some_and(|d| d.contains(&key.expert));
                 assert!(!needed, "nothing demanded is evicted before it is served");
             }
             Action::Load { key, slot, bytes, from, purpose } => {
-                assert_eq!(slot.pool, self.plan.pool_of(key.layer));
+                let staging = self.plan.cache_pools().len() as u32;
+                assert!(slot.pool == self.plan.pool_of(key.layer) || slot.pool == staging);
                 assert!(slot.index < self.plan.pools()[slot.pool as usize].slots, "within the budget");
                 assert_eq!((*bytes, *from), (self.plan.expert_bytes(key.layer), self.plan.tier_of(key.layer, key.expert)));
-                let there = self.slots.values().filter(|(l, e, _)| (*l, *e) == (key.layer, key.expert)).count();
+                let there =
+                    self.slots.iter().filter(|(s, (l, e, _))| s.pool != staging && (*l, *e) == (key.layer, key.expert)).count();
                 let before = self.slots.insert(*slot, (key.layer, key.expert, false));
                 let retry = before == Some((key.layer, key.expert, false));
                 assert!(before.is_none() || retry, "a load goes into a free slot, or is a retry");
@@ -98,9 +101,16 @@ fn settings() -> impl Strategy<Value = EngineSettings> {
     let schedule = prop::sample::select(vec![Rule::Exact, Rule::Hybrimoe, Rule::Static, Rule::AllMoved]);
     let prefetch = prop::sample::select(vec![PrefetchKind::Off, PrefetchKind::History, PrefetchKind::Lookahead]);
     let partition = prop::sample::select(vec![CachePartition::PerLayer, CachePartition::Global]);
-    (schedule, prefetch, 1_u32..4, partition, any::<bool>()).prop_map(|(schedule, prefetch, prefetch_layers, partition, fill)| {
-        EngineSettings { schedule, prefetch, prefetch_layers, partition, fill }
-    })
+    (schedule, prefetch, 1_u32..4, partition, any::<bool>(), 0_u32..4).prop_map(
+        |(schedule, prefetch, prefetch_layers, partition, fill, staging_slots)| EngineSettings {
+            schedule,
+            prefetch,
+            prefetch_layers,
+            partition,
+            fill,
+            staging_slots,
+        },
+    )
 }
 
 proptest! {
@@ -165,6 +175,10 @@ proptest! {
                     Action::Compute { layer, wave, experts, .. } => {
                         let left = w.demanded.get_mut(&layer).unwrap();
                         experts.iter().for_each(|(x, _)| assert!(left.remove(x)));
+                        // Guests leave when they were computed.
+                        let staging = plan.cache_pools().len() as u32;
+                        let gone = |l: u32, e: u32| l == layer && experts.iter().any(|(x, _)| *x == e);
+                        w.slots.retain(|s, (l, e, ready)| s.pool != staging || !*ready || !gone(*l, *e));
                         Input::Computed { layer, wave }
                     }
                     other => unreachable!("{other:?} needs no answer"),

@@ -76,6 +76,11 @@ impl ExpertCache {
         self.policy.worth(expert)
     }
 
+    /// Whether the policy wants `expert` in the place of `victim`.
+    pub fn admits(&self, expert: u32, victim: u32) -> bool {
+        self.policy.admits(expert, victim)
+    }
+
     /// Whom [`Self::place`] would evict: `Some(None)` if there is an empty slot, `None` if nobody may go now.
     pub fn would_evict(&mut self, kept: impl Fn(u32) -> bool) -> Option<Option<u32>> {
         if self.slots.contains(&SlotState::Empty) {

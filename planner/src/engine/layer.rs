@@ -3,6 +3,7 @@
 use super::costs::EngineCosts;
 use super::pool::{Pool, Prefetched, Presence};
 use super::schedule::{Item, LayerWork, Place, Rule, Schedule, Scratch};
+use super::staging::Staging;
 use super::{Action, Demand, ExecutorId, ExpertKey, Location, MAX_RETRIES, Purpose, SlotId, Statistics, TierId};
 use crate::check::CheckedPlan;
 use std::collections::VecDeque;
@@ -45,6 +46,7 @@ struct Active {
 pub(super) struct Context<'a> {
     pub now: Nanos,
     pub pool: &'a mut Pool,
+    pub staging: &'a mut Staging,
     pub costs: Option<&'a EngineCosts>,
     pub traffic: &'a mut Traffic,
     pub out: &'a mut VecDeque<Action>,
@@ -263,12 +265,18 @@ impl LayerEngine {
 
     pub fn loaded(&mut self, expert: u32, slot: SlotId, cx: &mut Context<'_>) -> Result<(), String> {
         let key = self.key(expert);
-        if expert as usize >= self.homes.len() || !cx.pool.loaded(key, slot) {
+        let guest = cx.staging.owns(slot);
+        let expected = match guest {
+            _ if expert as usize >= self.homes.len() => false,
+            true => cx.staging.loaded(self.layer, expert, slot),
+            false => cx.pool.loaded(key, slot),
+        };
+        if !expected {
             return Err(self.not_loading(expert, slot));
         }
         let home = self.homes[expert as usize];
         let was = cx.pool.prefetched(key);
-        let flying = matches!(was, Prefetched::Flying { .. });
+        let flying = !guest && matches!(was, Prefetched::Flying { .. });
         self.arrived(home.tier, flying, cx);
         let awaited = self.active.as_mut().and_then(|a| Some((a.awaited.iter().position(|e| *e == expert)?, a)));
         if flying {
@@ -299,6 +307,7 @@ impl LayerEngine {
         let Some(at) = active.running.iter().position(|w| w.number == wave) else { return Err(not_asked()) };
         for e in active.running.swap_remove(at).experts {
             cx.pool.keep(self.first_key + e, false);
+            cx.staging.leave(self.layer, e);
         }
         self.advance(cx);
         Ok(())
@@ -310,9 +319,11 @@ impl LayerEngine {
             return Err(self.not_loading(expert, slot));
         }
         let was = cx.pool.prefetched(key);
-        let flying = matches!(was, Prefetched::Flying { .. });
+        let guest = cx.staging.owns(slot);
+        let flying = !guest && matches!(was, Prefetched::Flying { .. });
         let tier = self.homes[expert as usize].tier;
-        match cx.pool.failed(key, slot) {
+        let failures = if guest { cx.staging.failed(self.layer, expert, slot) } else { cx.pool.failed(key, slot) };
+        match failures {
             None => Err(self.not_loading(expert, slot)),
             Some(failures) if failures > MAX_RETRIES => {
                 let awaited = self.active.as_ref().is_some_and(|a| a.awaited.contains(&expert));
@@ -383,7 +394,21 @@ impl LayerEngine {
         }
         let mut loads = Vec::new();
         while let Some(expert) = active.waiting.front().copied() {
-            let Some(placed) = cx.pool.place(self.first_key + expert, cx.stats) else { break };
+            let key = self.first_key + expert;
+            let placed = match cx.pool.admits(key) {
+                // There is a slot for it, and it is to stay.
+                Some(true) => cx.pool.place(key, cx.stats),
+                // It passes through if it can, else it takes a slot like any other.
+                admitted => match cx.staging.admit(self.layer, expert) {
+                    Some(slot) => {
+                        cx.stats.bypasses += 1;
+                        Some((slot, None))
+                    }
+                    None if admitted.is_some() => cx.pool.place(key, cx.stats),
+                    None => None,
+                },
+            };
+            let Some(placed) = placed else { break };
             active.waiting.pop_front();
             active.awaited.push(expert);
             loads.push((expert, placed));

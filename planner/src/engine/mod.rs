@@ -19,6 +19,7 @@ mod pool;
 pub mod prefetch;
 mod prefetcher;
 pub mod schedule;
+mod staging;
 
 use crate::check::CheckedPlan;
 use costs::EngineCosts;
@@ -26,6 +27,7 @@ use layer::{Context, LayerEngine, Traffic};
 use pool::{Pool, Presence};
 use prefetcher::Prefetcher;
 use serde::{Deserialize, Serialize};
+use staging::Staging;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use tierwise_cost::units::{Bytes, Nanos};
@@ -211,6 +213,8 @@ pub struct Statistics {
     pub retries: u64,
     /// Experts that had to leave a slot.
     pub evictions: u64,
+    /// Loads of experts that only passed through.
+    pub bypasses: u64,
     /// Computations asked for.
     pub waves: u64,
     /// Misses and hits that were computed beside the memory they are planned in, not from a slot.
@@ -255,6 +259,7 @@ pub struct Engine {
     pools: Vec<Pool>,
     /// Index into `pools`. `[layers]`
     pool_of: Vec<usize>,
+    staging: Staging,
     costs: Option<Arc<EngineCosts>>,
     traffic: Traffic,
     prefetcher: Option<Prefetcher>,
@@ -283,6 +288,7 @@ impl Engine {
 
     fn build(plan: &CheckedPlan, costs: Option<Arc<EngineCosts>>) -> Self {
         let (pools, first_keys) = Pool::all(plan);
+        let staging = Staging::new(pools.len() as u32, plan.plan().engine.staging_slots);
         let mut index_of = Vec::new();
         let mut layers = Vec::with_capacity(plan.moe_layers().len());
         for (i, (layer, first_key)) in plan.moe_layers().iter().zip(first_keys).enumerate() {
@@ -303,6 +309,7 @@ impl Engine {
             layers,
             index_of,
             pools,
+            staging,
             pool_of: plan.moe_layers().iter().map(|l| plan.pool_of(*l) as usize).collect(),
             prefetcher: costs.as_ref().and_then(|_| Prefetcher::new(plan)),
             rule: plan.plan().engine.schedule,
@@ -343,11 +350,11 @@ impl Engine {
         let Some(index) = self.index_of.get(layer as usize).copied().flatten() else {
             return Err(format!("layer {layer} has no routed experts"));
         };
-        let Self { layers, pools, pool_of, costs, traffic, prefetcher, actions, statistics, .. } = self;
+        let Self { layers, pools, pool_of, staging, costs, traffic, prefetcher, actions, statistics, .. } = self;
         let one = &mut layers[index];
         one.pass(now, statistics);
         let pool = &mut pools[pool_of[index]];
-        let mut cx = Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
+        let mut cx = Context { now, pool, staging, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
         match input {
             Input::Begin => {}
             Input::Routed(demand) => {
@@ -387,20 +394,20 @@ impl Engine {
 
     /// Lets layers go on that wait for a slot: one that was filled unasked may have become free.
     fn resume(&mut self, now: Nanos) {
-        let Self { layers, pools, pool_of, costs, traffic, actions, statistics, .. } = self;
+        let Self { layers, pools, pool_of, staging, costs, traffic, actions, statistics, .. } = self;
         for (layer, pool) in layers.iter_mut().zip(pool_of).filter(|(l, _)| l.waits_for_slot()) {
             let pool = &mut pools[*pool];
-            layer.advance(&mut Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics });
+            layer.advance(&mut Context { now, pool, staging, costs: costs.as_deref(), traffic, out: actions, stats: statistics });
         }
     }
 
     /// Fills the slots as the plan says.
     fn begin(&mut self, now: Nanos) {
         for (index, expert) in std::mem::take(&mut self.preload) {
-            let Self { layers, pools, pool_of, costs, traffic, actions, statistics, .. } = self;
+            let Self { layers, pools, pool_of, staging, costs, traffic, actions, statistics, .. } = self;
             let pool = &mut pools[pool_of[index]];
             if pool.presence(layers[index].key(expert)) == Presence::Absent && pool.would_evict() == Some(None) {
-                let mut cx = Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
+                let mut cx = Context { now, pool, staging, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
                 layers[index].prefetch(expert, false, &mut cx);
                 statistics.preloads += 1;
             }
@@ -409,7 +416,7 @@ impl Engine {
 
     /// Loads misses that were computed at home, newest first, on links that carry nothing.
     fn fill(&mut self, now: Nanos) {
-        let Self { layers, pools, pool_of, costs, traffic, fills, actions, statistics, .. } = self;
+        let Self { layers, pools, pool_of, staging, costs, traffic, fills, actions, statistics, .. } = self;
         let mut at = fills.len();
         while at > 0 {
             at -= 1;
@@ -441,7 +448,7 @@ impl Engine {
                 }
             };
             if worth_it {
-                let mut cx = Context { now, pool, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
+                let mut cx = Context { now, pool, staging, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
                 if layer.prefetch(expert, false, &mut cx) {
                     statistics.fills += 1;
                 }
@@ -451,7 +458,7 @@ impl Engine {
 
     /// Issues what is worth it on links without demands.
     fn prefetch(&mut self, now: Nanos) {
-        let Self { layers, pools, pool_of, costs, traffic, prefetcher, actions, statistics, .. } = self;
+        let Self { layers, pools, pool_of, staging, costs, traffic, prefetcher, actions, statistics, .. } = self;
         let (Some(prefetcher), Some(costs)) = (prefetcher, costs) else { return };
         if traffic.links.iter().all(|(demanded, prefetched, _)| demanded + prefetched > 0) {
             return;
@@ -478,7 +485,7 @@ impl Engine {
             });
             let Some(c) = best else { return };
             let pool = &mut pools[pool_of[c.index]];
-            let mut cx = Context { now, pool, costs: Some(costs), traffic, out: actions, stats: statistics };
+            let mut cx = Context { now, pool, staging, costs: Some(costs), traffic, out: actions, stats: statistics };
             if !layers[c.index].prefetch(c.expert, true, &mut cx) {
                 return;
             }

@@ -43,7 +43,7 @@ impl Pool {
     /// The plan's pools, empty, and the first key of each layer with routed experts.
     pub fn all(plan: &CheckedPlan) -> (Vec<Self>, Vec<u32>) {
         let mut first_keys = Vec::with_capacity(plan.moe_layers().len());
-        let mut sizes: Vec<(u32, Vec<(u32, u32)>)> = plan.pools().iter().map(|_| (0, Vec::new())).collect();
+        let mut sizes: Vec<(u32, Vec<(u32, u32)>)> = plan.cache_pools().iter().map(|_| (0, Vec::new())).collect();
         let mut policies = vec![Default::default(); sizes.len()];
         for l in &plan.plan().layers {
             let pool = plan.pool_of(l.layer) as usize;
@@ -56,13 +56,15 @@ impl Pool {
             }
         }
         let pools =
-            sizes.into_iter().zip(plan.pools()).zip(policies).enumerate().map(|(i, (((keys, layers), pool), policy))| Self {
-                number: i as u32,
-                cache: ExpertCache::new(pool.slots, keys, cache::build(policy, keys)),
-                kept: vec![false; keys as usize],
-                prefetched: vec![Prefetched::No; keys as usize],
-                layers,
-                shifted: Default::default(),
+            sizes.into_iter().zip(plan.cache_pools()).zip(policies).enumerate().map(|(i, (((keys, layers), pool), policy))| {
+                Self {
+                    number: i as u32,
+                    cache: ExpertCache::new(pool.slots, keys, cache::build(policy, keys)),
+                    kept: vec![false; keys as usize],
+                    prefetched: vec![Prefetched::No; keys as usize],
+                    layers,
+                    shifted: Default::default(),
+                }
             });
         (pools.collect(), first_keys)
     }
@@ -113,6 +115,12 @@ impl Pool {
             self.name(k)
         });
         Some((SlotId { pool: self.number, index: placed.slot }, evicted))
+    }
+
+    /// Is `key` to take a slot for good, as the policy sees it? `None` if there is no slot for it now.
+    pub fn admits(&mut self, key: u32) -> Option<bool> {
+        let victim = self.would_evict()?;
+        Some(victim.is_none_or(|v| self.cache.admits(key, v)))
     }
 
     /// Who would have to go for a newcomer: `Some(None)` if there is an empty slot, `None` if nobody may.

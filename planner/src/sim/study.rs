@@ -30,8 +30,8 @@ pub struct Variant {
 /// * `+cache`: the base, with misses loaded afterwards as the policy likes.
 /// * `all`: all three.
 /// * `hybrimoe`: its rule, its score (MRS) and prefetching, for comparison.
-pub fn ablation(policy: CachePolicyKind, mrs: CachePolicyKind, prefetch_layers: u32) -> Vec<Variant> {
-    let base = EngineSettings { schedule: Rule::Static, prefetch_layers, ..EngineSettings::default() };
+pub fn ablation(policy: CachePolicyKind, mrs: CachePolicyKind, prefetch_layers: u32, staging_slots: u32) -> Vec<Variant> {
+    let base = EngineSettings { schedule: Rule::Static, prefetch_layers, staging_slots, ..EngineSettings::default() };
     let scheduled = EngineSettings { schedule: Rule::Exact, ..base };
     let all = EngineSettings { prefetch: PrefetchKind::History, fill: true, ..scheduled };
     let variant = |name, policy, engine| Variant { name, policy, engine };

@@ -28,6 +28,12 @@ pub trait CachePolicy: std::fmt::Debug + Send {
     /// The expert of `candidates` (ascending, not empty) that is worth least.
     fn victim(&mut self, candidates: &[u32]) -> u32;
 
+    /// Whether `expert`, which is demanded, is to take the place of `victim`; else it passes through, if the plan has room for that.
+    fn admits(&self, expert: u32, victim: u32) -> bool {
+        let _ = (expert, victim);
+        true
+    }
+
     /// What keeping `expert` is worth, in a measure of the policy's own.
     fn worth(&self, expert: u32) -> f64;
 }
