@@ -4,6 +4,7 @@
 //! token, layer by layer, as a single sequence is decoded.
 
 mod costs;
+pub mod count;
 mod trace;
 
 pub use costs::{ActionCosts, Free, PlanCosts};
