@@ -250,6 +250,11 @@ fn check_engine(plan: &Plan) -> Result<(), PlanError> {
         let mut cached = plan.layers.iter().filter(|l| l.slots > 0);
         let first = cached.next();
         let alike = |l: &PlanLayer| first.is_none_or(|f| l.expert_bytes == f.expert_bytes && l.policy == f.policy);
+        let experts = |l: &PlanLayer| l.runs.iter().map(|r| r.count).sum::<u32>();
+        if let Some(pair) = plan.layers.windows(2).find(|p| experts(&p[0]) != experts(&p[1])) {
+            let found = format!("global, with {} and {} experts per layer", experts(&pair[0]), experts(&pair[1]));
+            return bad("engine.partition", found, "as many experts in every layer");
+        }
         if let Some(other) = cached.find(|l| !alike(l)) {
             return bad(
                 "engine.partition",

@@ -143,6 +143,30 @@ pub enum CachePolicyKind {
     /// Least recently used.
     #[default]
     Lru,
+    /// Least smoothed router probability (HybriMoE).
+    Mrs {
+        /// Weight of the newest token, in percent.
+        alpha_percent: u32,
+        /// How many of the largest probabilities count; 0: twice the experts per token.
+        top_p: u32,
+    },
+    /// Least frequently used.
+    Lfu {
+        /// Counts are halved after so many demands; 0: never.
+        halve_every: u32,
+    },
+    /// Segmented least recently used.
+    Slru {
+        /// Share of the slots for experts that were used again, in percent.
+        protected_percent: u32,
+    },
+    /// Small, main and ghost queue.
+    S3Fifo {
+        /// Share of the slots for newcomers, in percent.
+        small_percent: u32,
+    },
+    /// Chance of reuse, learnt while running.
+    Adaptive,
 }
 
 /// Whence guesses at later demands come.

@@ -3,7 +3,7 @@
 //! A pool serves one layer or all; within it an expert is a key: the layer's first key plus the expert's number.
 
 use super::cache::{self, Seen};
-use super::expert_cache::ExpertCache;
+use super::expert_cache::{ExpertCache, SlotState};
 use super::{Demand, ExpertKey, SlotId, Statistics};
 use crate::check::CheckedPlan;
 
@@ -59,7 +59,11 @@ impl Pool {
             sizes.into_iter().zip(plan.cache_pools()).zip(policies).enumerate().map(|(i, (((keys, layers), pool), policy))| {
                 Self {
                     number: i as u32,
-                    cache: ExpertCache::new(pool.slots, keys, cache::build(policy, keys)),
+                    cache: ExpertCache::new(
+                        pool.slots,
+                        keys,
+                        cache::build_pool(policy, layers.len() as u32, keys / layers.len().max(1) as u32),
+                    ),
                     kept: vec![false; keys as usize],
                     prefetched: vec![Prefetched::No; keys as usize],
                     layers,
@@ -86,7 +90,7 @@ impl Pool {
     pub fn presence(&self, key: u32) -> Presence {
         match self.cache.ready_slot(key) {
             Some(index) => Presence::Ready(SlotId { pool: self.number, index }),
-            None if self.cache.is_loading(key) => Presence::Loading,
+            None if self.cache.slot_state(key) != SlotState::Empty => Presence::Loading,
             None => Presence::Absent,
         }
     }
@@ -118,13 +122,13 @@ impl Pool {
     }
 
     /// Is `key` to take a slot for good, as the policy sees it? `None` if there is no slot for it now.
-    pub fn admits(&mut self, key: u32) -> Option<bool> {
+    pub fn admits(&self, key: u32) -> Option<bool> {
         let victim = self.would_evict()?;
         Some(victim.is_none_or(|v| self.cache.admits(key, v)))
     }
 
     /// Who would have to go for a newcomer: `Some(None)` if there is an empty slot, `None` if nobody may.
-    pub fn would_evict(&mut self) -> Option<Option<u32>> {
+    pub fn would_evict(&self) -> Option<Option<u32>> {
         let kept = &self.kept;
         self.cache.would_evict(|k| kept[k as usize])
     }

@@ -4,6 +4,7 @@
 //! side by side. Where a copy reads the memory from which a processor computes, the processor ends later by what the copy takes
 //! ([`crate::engine::costs::TierTime::contended`]). Copies of guesses go on while other layers compute.
 
+pub mod count;
 pub mod setup;
 pub mod study;
 mod timeline;
