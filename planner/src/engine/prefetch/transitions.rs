@@ -13,7 +13,7 @@ const USES: f32 = 1024.0;
 const PRIOR_USES: f32 = 8.0;
 
 /// Weight of the evidence: the experts of a set repeat each other.
-const TEMPER: f64 = 0.5;
+const TEMPER: f64 = 0.6;
 
 /// Factors whose product is taken before its logarithm: far from under- and overflow.
 const FACTORS: usize = 32;

@@ -22,6 +22,8 @@ pub(super) struct SearchScratch {
     /// One per relaxation.
     relaxed: [Vec<Share>; 3],
     home: Vec<bool>,
+    /// No schedule of the last layer ends sooner.
+    pub bound_s: f64,
 }
 
 /// An item as a relaxation sees it.
@@ -110,6 +112,7 @@ pub(super) fn improve(work: &LayerWork, home: &mut [bool], scratch: &mut SearchS
         best_s: &mut best_s,
         steps: PROVE_STEPS,
     };
+    scratch.bound_s = prover.bound(0, &State::new(work));
     prover.descend(0, State::new(work))
 }
 
