@@ -210,7 +210,7 @@ impl LayerWork {
     /// Puts moves into Johnson's order, the best for any set of them: those with less link than GPU time first, by rising link time,
     /// then the others by falling GPU time (Johnson 1954; what the GPU has to do first changes nothing).
     fn order_moves(&self, moves: &mut [usize]) {
-        moves.sort_unstable_by(|a, b| self.johnson(*a, *b));
+        moves.sort_unstable_by(|a, b| self.johnson(*a, *b).then(a.cmp(b)));
     }
 
     fn johnson(&self, a: usize, b: usize) -> std::cmp::Ordering {
@@ -219,7 +219,9 @@ impl LayerWork {
             if item.move_s <= item.gpu_s { (0, item.move_s) } else { (1, -item.gpu_s) }
         };
         let ((first_a, by_a), (first_b, by_b)) = (key(a), key(b));
-        first_a.cmp(&first_b).then(by_a.total_cmp(&by_b)).then(a.cmp(&b))
+        // Equal ones: any order will do; like beside like.
+        let own = |i: usize| if key(i).0 == 0 { self.items[i].gpu_s } else { self.items[i].move_s };
+        first_a.cmp(&first_b).then(by_a.total_cmp(&by_b)).then(own(a).total_cmp(&own(b)))
     }
 }
 

@@ -4,7 +4,7 @@
 //! ones can be extended in that order. Bounds are linear relaxations: each expert may be divided between CPU and GPU, or between CPU
 //! and link. The effort is limited by counted steps, not by time, so the same layer always gets the same schedule.
 
-use super::LayerWork;
+use super::{Item, LayerWork};
 
 /// Steps (an expert looked at) of flips and swaps.
 const IMPROVE_STEPS: usize = 1 << 18;
@@ -19,11 +19,19 @@ const SAME: f64 = 1e-12;
 pub(super) struct SearchScratch {
     /// Cached items, then the others in Johnson's order.
     order: Vec<usize>,
-    /// One per relaxation.
-    relaxed: [Vec<Share>; 3],
+    /// GPU, link and move as those of the one before in the order. `[items]`
+    like_last: Vec<bool>,
+    /// CPU beside GPU, CPU beside link; then the same with what copies take from the CPU, empty if they take nothing.
+    relaxed: [Vec<Share>; 4],
     home: Vec<bool>,
     /// No schedule of the last layer ends sooner.
     pub bound_s: f64,
+}
+
+#[derive(Clone, Copy)]
+enum Other {
+    Gpu,
+    Link,
 }
 
 /// An item as a relaxation sees it.
@@ -83,30 +91,42 @@ pub(super) fn improve(work: &LayerWork, home: &mut [bool], scratch: &mut SearchS
     let order = &mut scratch.order;
     order.clear();
     order.extend(0..items.len());
-    order.sort_unstable_by(|a, b| items[*b].is_cached().cmp(&items[*a].is_cached()).then_with(|| work.johnson(*a, *b)));
+    order.sort_unstable_by(|a, b| {
+        let cached_first = items[*b].is_cached().cmp(&items[*a].is_cached());
+        cached_first.then_with(|| work.johnson(*a, *b)).then(items[*a].cpu_s.total_cmp(&items[*b].cpu_s)).then(a.cmp(b))
+    });
+    scratch.like_last.clear();
+    let like = |a: &Item, b: &Item| a.gpu_s == b.gpu_s && a.move_s == b.move_s && a.taken_s() == b.taken_s();
+    scratch.like_last.extend((0..order.len()).map(|at| at > 0 && like(&items[order[at]], &items[order[at - 1]])));
     let mut best_s = flip_and_swap(work, order, home);
 
-    let [gpu, link, contended] = &mut scratch.relaxed;
-    let share = |at: usize, cpu_s: f64, anyway_s: f64, other_s: f64| {
-        let stays = items[order[at]].move_s.is_infinite();
-        Share { at, cpu_s, anyway_s, other_s, stays }
-    };
-    fill(gpu, (0..order.len()).map(|at| share(at, items[order[at]].cpu_s, 0.0, items[order[at]].gpu_s)));
-    fill(link, (0..order.len()).map(|at| share(at, items[order[at]].cpu_s, 0.0, items[order[at]].move_s.max(0.0))));
     let copied = items.iter().any(|i| i.taken_s() > 0.0);
-    let with_copies = (0..if copied { order.len() } else { 0 }).map(|at| {
-        let item = &items[order[at]];
-        let anyway_s = item.taken_s().min(item.cpu_s);
-        share(at, item.cpu_s - anyway_s, anyway_s, item.gpu_s)
-    });
-    fill(contended, with_copies);
+    for (relaxed, (other, contended)) in
+        scratch.relaxed.iter_mut().zip([(Other::Gpu, false), (Other::Link, false), (Other::Gpu, true), (Other::Link, true)])
+    {
+        let share = |(at, i): (usize, &usize)| {
+            let item = &items[*i];
+            let anyway_s = if contended { item.taken_s().min(item.cpu_s) } else { 0.0 };
+            let other_s = match other {
+                Other::Gpu => item.gpu_s,
+                Other::Link => item.move_s.max(0.0),
+            };
+            Share { at, cpu_s: item.cpu_s - anyway_s, anyway_s, other_s, stays: item.move_s.is_infinite() }
+        };
+        let shown = if contended && !copied { 0 } else { order.len() };
+        fill(relaxed, order[..shown].iter().enumerate().map(share));
+    }
+    let moving = items.iter().filter(|i| !i.is_cached());
+    let tail_s = moving.map(|i| i.gpu_s).fold(f64::INFINITY, f64::min);
 
     scratch.home.clear();
     scratch.home.extend_from_slice(home);
     let mut prover = Prover {
         work,
         order: &scratch.order,
+        like_last: &scratch.like_last,
         relaxed: &scratch.relaxed,
+        tail_s,
         home: &mut scratch.home,
         best: home,
         best_s: &mut best_s,
@@ -187,7 +207,10 @@ fn divided(shares: &[Share], from: usize, mut cpu_s: f64, mut other_s: f64) -> f
 struct Prover<'a> {
     work: &'a LayerWork,
     order: &'a [usize],
-    relaxed: &'a [Vec<Share>; 3],
+    like_last: &'a [bool],
+    relaxed: &'a [Vec<Share>; 4],
+    /// After the last move at least this is computed.
+    tail_s: f64,
     home: &'a mut Vec<bool>,
     best: &'a mut [bool],
     best_s: &'a mut f64,
@@ -216,7 +239,9 @@ impl Prover<'_> {
         let mut complete = true;
         // The incumbent's choice first.
         for home in [self.best[i], !self.best[i]] {
-            let possible = if home { item.cpu_s.is_finite() } else { !item.move_s.is_infinite() };
+            // Of experts that are alike to GPU and link the cheapest stay, and they come first.
+            let dearer = self.like_last[at] && !self.home[self.order[at - 1]];
+            let possible = if home { item.cpu_s.is_finite() && !dearer } else { !item.move_s.is_infinite() };
             if possible {
                 self.home[i] = home;
                 complete &= self.descend(at + 1, state.with(self.work, i, home));
@@ -228,16 +253,16 @@ impl Prover<'_> {
     /// No completion of `state` ends sooner.
     fn bound(&self, at: usize, state: &State) -> f64 {
         let work = self.work;
-        let [gpu, link, contended] = self.relaxed;
+        let [gpu, link, gpu_contended, link_contended] = self.relaxed;
         let start_s = if state.at_home { work.cpu_first_s } else { 0.0 };
         let cpu_s = start_s + state.home_s;
         // A link with nothing to do ends nothing.
-        let link_s = if state.copies_s > 0.0 { work.link_busy_s + state.copies_s } else { 0.0 };
+        let link_s = if state.copies_s > 0.0 { work.link_busy_s + state.copies_s + self.tail_s } else { 0.0 };
         let mut bound = divided(gpu, at, cpu_s, state.gpu_s).max(divided(link, at, cpu_s, link_s));
-        if !contended.is_empty() {
+        if !gpu_contended.is_empty() {
             // Copies take their part of the CPU's time, except of what it lets pass before its start.
             let cpu_s = start_s.min(work.link_busy_s) + state.home_s + state.contended_s;
-            bound = bound.max(divided(contended, at, cpu_s, state.gpu_s));
+            bound = bound.max(divided(gpu_contended, at, cpu_s, state.gpu_s)).max(divided(link_contended, at, cpu_s, link_s));
         }
         bound
     }
