@@ -7,7 +7,7 @@ use tierwise_planner::routing::RoutingTrace;
 const DISTANCES: usize = 3;
 
 /// Of the big traces every so many-th sequence: all take a minute.
-const EVERY: usize = 6;
+const EVERY: usize = 10;
 
 fn trace(folder: &Path, name: &str) -> Option<RoutingTrace> {
     let meta = std::fs::read_to_string(folder.join(format!("{name}.meta.json"))).ok()?;

@@ -97,7 +97,8 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// The last schedule of [`exact`] is proven to be optimal; false when its search effort ended first.
+    /// The last schedule of [`exact`] is proven to be optimal (of more than 32 experts with unequal GPU times: to 0.01 %); false when its
+    /// search effort ended first.
     pub fn is_proven(&self) -> bool {
         self.exact.proven
     }

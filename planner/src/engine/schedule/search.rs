@@ -10,10 +10,14 @@ use super::{Item, LayerWork};
 const IMPROVE_STEPS: usize = 1 << 18;
 
 /// Steps of branch and bound.
-const PROVE_STEPS: usize = 1 << 18;
+const PROVE_STEPS: usize = 1 << 19;
 
 /// Bounds closer to the best than this do not count as room for a better one.
 const SAME: f64 = 1e-12;
+
+/// With more items than this it is this instead: nobody would notice.
+const MANY: usize = 32;
+const TOLERANCE: f64 = 1e-4;
 
 #[derive(Debug, Default)]
 pub(super) struct SearchScratch {
@@ -22,7 +26,7 @@ pub(super) struct SearchScratch {
     /// GPU, link and move as those of the one before in the order. `[items]`
     like_last: Vec<bool>,
     /// CPU beside GPU, CPU beside link; then the same with what copies take from the CPU, empty if they take nothing.
-    relaxed: [Vec<Share>; 4],
+    relaxed: [Relaxed; 4],
     home: Vec<bool>,
     /// No schedule of the last layer ends sooner.
     pub bound_s: f64,
@@ -114,7 +118,10 @@ pub(super) fn improve(work: &LayerWork, home: &mut [bool], scratch: &mut SearchS
             Share { at, cpu_s: item.cpu_s - anyway_s, anyway_s, other_s, stays: item.move_s.is_infinite() }
         };
         let shown = if contended && !copied { 0 } else { order.len() };
-        fill(relaxed, order[..shown].iter().enumerate().map(share));
+        relaxed.fill(order[..shown].iter().enumerate().map(share));
+        if shown == 0 {
+            relaxed.rest.clear();
+        }
     }
     let moving = items.iter().filter(|i| !i.is_cached());
     let tail_s = moving.map(|i| i.gpu_s).fold(f64::INFINITY, f64::min);
@@ -127,6 +134,7 @@ pub(super) fn improve(work: &LayerWork, home: &mut [bool], scratch: &mut SearchS
         like_last: &scratch.like_last,
         relaxed: &scratch.relaxed,
         tail_s,
+        tolerance: if items.len() > MANY { TOLERANCE } else { SAME },
         home: &mut scratch.home,
         best: home,
         best_s: &mut best_s,
@@ -177,40 +185,61 @@ fn flip_and_swap(work: &LayerWork, order: &[usize], home: &mut [bool]) -> f64 {
     best_s
 }
 
-/// Sorts by what the CPU pays per second that it saves the other resource.
-fn fill(relaxed: &mut Vec<Share>, shares: impl Iterator<Item = Share>) {
-    relaxed.clear();
-    relaxed.extend(shares);
-    let price = |s: &Share| if s.other_s > 0.0 { s.cpu_s / s.other_s } else { f64::INFINITY };
-    relaxed.sort_unstable_by(|a, b| price(a).total_cmp(&price(b)).then(a.at.cmp(&b.at)));
+/// One relaxation of a layer.
+#[derive(Debug, Default)]
+struct Relaxed {
+    /// By what the CPU pays per second that it saves the other resource.
+    shares: Vec<Share>,
+    /// Seconds of the CPU and of the other resource of all from a place of the order on, everything that can being with the other.
+    /// `[items + 1]`
+    rest: Vec<(f64, f64)>,
 }
 
-/// The least time until CPU and the other resource are done with the items from place `from` on, if items can be divided.
-fn divided(shares: &[Share], from: usize, mut cpu_s: f64, mut other_s: f64) -> f64 {
-    for s in shares.iter().filter(|s| s.at >= from) {
-        cpu_s += s.anyway_s;
-        if s.stays { cpu_s += s.cpu_s } else { other_s += s.other_s }
-    }
-    for s in shares.iter().filter(|s| s.at >= from && !s.stays) {
-        if cpu_s >= other_s || !s.cpu_s.is_finite() || s.other_s <= 0.0 {
-            break;
+impl Relaxed {
+    /// `shares` come in the order.
+    fn fill(&mut self, shares: impl Iterator<Item = Share>) {
+        self.shares.clear();
+        self.shares.extend(shares);
+        self.rest.clear();
+        self.rest.resize(self.shares.len() + 1, (0.0, 0.0));
+        for s in self.shares.iter().rev() {
+            let (cpu_s, other_s) = self.rest[s.at + 1];
+            self.rest[s.at] =
+                if s.stays { (cpu_s + s.anyway_s + s.cpu_s, other_s) } else { (cpu_s + s.anyway_s, other_s + s.other_s) };
         }
-        if cpu_s + s.cpu_s > other_s - s.other_s {
-            return other_s - (other_s - cpu_s) / (s.cpu_s + s.other_s) * s.other_s;
-        }
-        cpu_s += s.cpu_s;
-        other_s -= s.other_s;
+        // Those that cannot be divided are in the sums alone.
+        self.shares.retain(|s| !s.stays && s.cpu_s.is_finite() && s.other_s > 0.0);
+        let price = |s: &Share| s.cpu_s / s.other_s;
+        self.shares.sort_unstable_by(|a, b| price(a).total_cmp(&price(b)).then(a.at.cmp(&b.at)));
     }
-    cpu_s.max(other_s)
+
+    /// The least time until CPU and the other resource are done with the items from place `from` on, if items can be divided.
+    fn divided(&self, from: usize, mut cpu_s: f64, mut other_s: f64) -> f64 {
+        let Some(rest) = self.rest.get(from) else { return 0.0 };
+        cpu_s += rest.0;
+        other_s += rest.1;
+        for s in self.shares.iter().filter(|s| s.at >= from) {
+            if cpu_s >= other_s {
+                break;
+            }
+            if cpu_s + s.cpu_s > other_s - s.other_s {
+                return other_s - (other_s - cpu_s) / (s.cpu_s + s.other_s) * s.other_s;
+            }
+            cpu_s += s.cpu_s;
+            other_s -= s.other_s;
+        }
+        cpu_s.max(other_s)
+    }
 }
 
 struct Prover<'a> {
     work: &'a LayerWork,
     order: &'a [usize],
     like_last: &'a [bool],
-    relaxed: &'a [Vec<Share>; 4],
+    relaxed: &'a [Relaxed; 4],
     /// After the last move at least this is computed.
     tail_s: f64,
+    tolerance: f64,
     home: &'a mut Vec<bool>,
     best: &'a mut [bool],
     best_s: &'a mut f64,
@@ -222,7 +251,7 @@ impl Prover<'_> {
     fn descend(&mut self, at: usize, state: State) -> bool {
         let Some(i) = self.order.get(at).copied() else {
             let makespan_s = state.makespan(self.work);
-            if makespan_s < *self.best_s * (1.0 - SAME) {
+            if makespan_s < *self.best_s {
                 *self.best_s = makespan_s;
                 self.best.copy_from_slice(self.home);
             }
@@ -231,8 +260,8 @@ impl Prover<'_> {
         if self.steps < self.order.len() {
             return false;
         }
-        self.steps -= self.order.len() - at;
-        if self.bound(at, &state) >= *self.best_s * (1.0 - SAME) {
+        self.steps -= self.order.len();
+        if self.bound(at, &state) >= *self.best_s * (1.0 - self.tolerance) {
             return true;
         }
         let item = &self.work.items[i];
@@ -258,12 +287,10 @@ impl Prover<'_> {
         let cpu_s = start_s + state.home_s;
         // A link with nothing to do ends nothing.
         let link_s = if state.copies_s > 0.0 { work.link_busy_s + state.copies_s + self.tail_s } else { 0.0 };
-        let mut bound = divided(gpu, at, cpu_s, state.gpu_s).max(divided(link, at, cpu_s, link_s));
-        if !gpu_contended.is_empty() {
-            // Copies take their part of the CPU's time, except of what it lets pass before its start.
-            let cpu_s = start_s.min(work.link_busy_s) + state.home_s + state.contended_s;
-            bound = bound.max(divided(gpu_contended, at, cpu_s, state.gpu_s)).max(divided(link_contended, at, cpu_s, link_s));
-        }
-        bound
+        let contended_cpu_s = start_s.min(work.link_busy_s) + state.home_s + state.contended_s;
+        // Copies take their part of the CPU's time, except of what it lets pass before its start.
+        let contended =
+            link_contended.divided(at, contended_cpu_s, link_s).max(gpu_contended.divided(at, contended_cpu_s, state.gpu_s));
+        contended.max(gpu.divided(at, cpu_s, state.gpu_s)).max(link.divided(at, cpu_s, link_s))
     }
 }
