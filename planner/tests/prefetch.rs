@@ -164,5 +164,9 @@ fn recall_is_that_of_independent_statistics() {
             assert!((ours - theirs).abs() < 0.05);
         }
         assert!((of("popularity").recall[0] - popularity).abs() < 0.05);
+        assert!(of("mix").recall[0] > naive_bayes[0] + 0.02, "the mix is the best of them");
+        for (name, outcome) in &all {
+            assert!(outcome.calibrated_error < 0.03, "{name}: calibrated probabilities are true, {}", outcome.calibrated_error);
+        }
     }
 }
