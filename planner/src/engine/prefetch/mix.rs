@@ -5,7 +5,7 @@
 //! every [`LEARN_EVERY`]th step by stochastic gradient with per-weight rates (AdaGrad, Duchi et al. 2011). Logistic regression is
 //! calibrated on what it learnt from, so its numbers are close to true probabilities.
 
-use super::{Popularity, Predictor, Repeat, Shape, Transitions, logistic, most_likely, odds};
+use super::{Popularity, Predictor, Repeat, Shape, Transitions, logistic, most_likely_by_log_odds};
 
 /// Bias, popularity, evidence of the last layer, evidence of the layer before, fast mean, demanded in the step before.
 const SIGNALS: usize = 6;
@@ -21,6 +21,9 @@ const LEARN_EVERY: u64 = 4;
 
 /// AdaGrad's rate.
 const RATE: f64 = 0.05;
+
+/// Logarithm of the odds (of 0.01) below which the fast mean does not count: all it says is "not of late".
+const LEAST_FAST: f32 = -4.6;
 
 /// Evidence beyond this (in logarithms of odds) counts as this.
 const MAX_EVIDENCE: f64 = 12.0;
@@ -68,14 +71,15 @@ impl Mix {
             None => false,
         };
         far.resize(self.shape.num_experts, 0.0);
-        let log_odds = |p: f32| f64::from(odds(p)).ln();
         let clamp = |x: f64| x.clamp(-MAX_EVIDENCE, MAX_EVIDENCE);
-        let popularity = self.transitions.popularity().means(target);
-        let mut signals: Vec<[f64; SIGNALS]> = popularity
+        let (slow, fast) = (self.transitions.popularity().log_odds(target), self.fast.log_odds(target));
+        let mut signals: Vec<[f64; SIGNALS]> = slow
             .iter()
-            .zip(self.fast.means(target))
+            .zip(fast)
             .zip(near.iter().zip(&far))
-            .map(|((slow, fast), (near, far))| [1.0, log_odds(*slow), clamp(*near), clamp(*far), log_odds(fast.max(0.01)), 0.0])
+            .map(|((slow, fast), (near, far))| {
+                [1.0, f64::from(*slow), clamp(*near), clamp(*far), f64::from(fast.max(LEAST_FAST)), 0.0]
+            })
             .collect();
         for e in self.repeat.last(target) {
             signals[*e as usize][SIGNALS - 1] = 1.0;
@@ -83,8 +87,8 @@ impl Mix {
         signals
     }
 
-    fn probability(&self, distance: usize, signals: &[f64; SIGNALS]) -> f64 {
-        logistic(self.weights[distance - 1].iter().zip(signals).map(|(w, s)| w * s).sum())
+    fn log_odds(&self, distance: usize, signals: &[f64; SIGNALS]) -> f64 {
+        self.weights[distance - 1].iter().zip(signals).map(|(w, s)| w * s).sum()
     }
 
     fn learn(&mut self, index: usize, distance: usize, experts: &[(u32, u32)]) {
@@ -93,7 +97,7 @@ impl Mix {
         let mut demanded = experts.iter().map(|x| x.0 as usize).peekable();
         for (e, signals) in signals.iter().enumerate() {
             let truth = f64::from(u8::from(demanded.next_if_eq(&e).is_some()));
-            let error = truth - self.probability(distance, signals);
+            let error = truth - logistic(self.log_odds(distance, signals));
             gradient.iter_mut().zip(signals).for_each(|(g, s)| *g += error * s);
         }
         let (weights, squares) = (&mut self.weights[distance - 1], &mut self.squares[distance - 1]);
@@ -122,6 +126,6 @@ impl Predictor for Mix {
             return Vec::new();
         }
         let signals = self.signals(index, distance);
-        most_likely((0..).zip(signals.iter().map(|s| self.probability(distance, s))).collect(), limit)
+        most_likely_by_log_odds((0..).zip(signals.iter().map(|s| self.log_odds(distance, s))).collect(), limit)
     }
 }

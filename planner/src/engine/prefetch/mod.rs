@@ -72,6 +72,13 @@ fn most_likely(mut guesses: Vec<(u32, f64)>, limit: usize) -> Vec<(u32, f64)> {
     guesses
 }
 
+/// As [`most_likely`], of logarithms of odds.
+fn most_likely_by_log_odds(guesses: Vec<(u32, f64)>, limit: usize) -> Vec<(u32, f64)> {
+    let mut best = most_likely(guesses, limit);
+    best.iter_mut().for_each(|(_, x)| *x = logistic(*x));
+    best
+}
+
 /// Probabilities are kept this far from 0 and 1.
 const LEAST: f32 = 1e-4;
 

@@ -1,6 +1,6 @@
 //! How often each expert is demanded: an aged mean per layer. The baseline of every predictor, and part of most.
 
-use super::{Predictor, Shape, most_likely};
+use super::{Predictor, Shape, most_likely, odds};
 
 /// Steps over which demands are averaged.
 const STEPS: f32 = 2048.0;
@@ -13,6 +13,8 @@ pub struct Popularity {
     share: f32,
     /// `[num_layers, num_experts]`
     means: Vec<f32>,
+    /// Logarithms of the means' odds, for predictors that weigh evidence. `[num_layers, num_experts]`
+    log_odds: Vec<f32>,
     /// Observations so far. `[num_layers]`
     seen: Vec<u32>,
 }
@@ -27,12 +29,18 @@ impl Popularity {
     pub(super) fn over(shape: Shape, steps: f32) -> Self {
         let start = shape.experts_per_token as f32 / shape.num_experts as f32;
         let means = vec![start; shape.num_layers * shape.num_experts];
-        Self { shape, share: 1.0 / steps, means, seen: vec![0; shape.num_layers] }
+        let log_odds = vec![odds(start).ln(); means.len()];
+        Self { shape, share: 1.0 / steps, means, log_odds, seen: vec![0; shape.num_layers] }
     }
 
     /// Probabilities of a layer's experts. `[num_experts]`
     pub(super) fn means(&self, index: usize) -> &[f32] {
         &self.means[self.shape.row(index)]
+    }
+
+    /// Logarithms of their odds. `[num_experts]`
+    pub(super) fn log_odds(&self, index: usize) -> &[f32] {
+        &self.log_odds[self.shape.row(index)]
     }
 }
 
@@ -51,6 +59,7 @@ impl Predictor for Popularity {
         } else {
             experts.iter().for_each(|(e, _)| means[*e as usize] += share);
         }
+        self.log_odds[self.shape.row(index)].iter_mut().zip(means).for_each(|(log, mean)| *log = odds(*mean).ln());
     }
 
     fn predict(&self, index: usize, distance: usize, limit: usize) -> Vec<(u32, f64)> {

@@ -4,7 +4,7 @@
 //! odds(j|i) / odds(j), so the evidence of a set is a product of such ratios; experts are not independent given j, hence it is
 //! tempered. On the routing of gpt-oss-20b and DeepSeek-V2-Lite one layer's set predicts 57-59 % of the next one's.
 
-use super::{LEAST, Popularity, Predictor, Shape, logistic, most_likely, odds};
+use super::{LEAST, Popularity, Predictor, Shape, most_likely_by_log_odds, odds};
 
 /// Uses of an expert over which what follows it is averaged.
 const USES: f32 = 1024.0;
@@ -13,7 +13,7 @@ const USES: f32 = 1024.0;
 const PRIOR_USES: f32 = 8.0;
 
 /// Weight of the evidence: the experts of a set repeat each other.
-const TEMPER: f64 = 0.5;
+const TEMPER: f64 = 0.6;
 
 /// Factors whose product is taken before its logarithm: far from under- and overflow.
 const FACTORS: usize = 32;
@@ -123,11 +123,8 @@ impl Predictor for Transitions {
         }
         let mut evidence = Vec::new();
         self.evidence(index, distance, &mut evidence);
-        let prior = self.popularity.means(index + distance);
-        let guesses = (0..)
-            .zip(prior.iter().zip(&evidence))
-            .map(|(e, (p, evidence))| (e, logistic(f64::from(odds(*p)).ln() + TEMPER * evidence)))
-            .collect();
-        most_likely(guesses, limit)
+        let prior = self.popularity.log_odds(index + distance);
+        let log_odds = (0..).zip(prior.iter().zip(&evidence)).map(|(e, (p, evidence))| (e, f64::from(*p) + TEMPER * evidence));
+        most_likely_by_log_odds(log_odds.collect(), limit)
     }
 }

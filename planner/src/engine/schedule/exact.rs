@@ -30,6 +30,7 @@ struct Class {
 #[derive(Debug, Default)]
 pub(super) struct ExactScratch {
     pub proven: bool,
+    pub bound_s: f64,
     /// Items by class, in a class those that can stay at home by rising CPU time, then worth.
     members: Vec<usize>,
     classes: Vec<Class>,
@@ -103,6 +104,7 @@ pub fn exact(work: &LayerWork, scratch: &mut Scratch, out: &mut Schedule) {
     }
     s.proven = (equal && combinations.is_some()) || improve(work, &mut s.home, &mut s.search);
     out.set(work, |i| s.home[i]);
+    s.bound_s = if s.proven { out.makespan_s } else { s.search.bound_s };
 }
 
 impl ExactScratch {
