@@ -293,6 +293,16 @@ fn check_numbers(plan: &Plan) -> Result<(), PlanError> {
     interval("predicted.prefill_tokens_per_s", plan.predicted.prefill_tokens_per_s)?;
     interval("predicted.ttft_s", plan.predicted.ttft_s)?;
     interval("predicted.decode_step_s", plan.predicted.decode_step_s)?;
+    let (asked, p) = (plan.request.slo, &plan.predicted);
+    let line = |l: Option<crate::plan::SloLine>| l.map(|l| (l.limit_s, l.predicted_s));
+    let stated = plan.slo.as_ref().map_or([None; 2], |s| [line(s.ttft), line(s.tpot)]);
+    let limits = [("slo.ttft", asked.ttft, p.ttft_s.value), ("slo.tpot", asked.tpot, p.decode_step_s.value)];
+    for ((field, limit, predicted_s), found) in limits.into_iter().zip(stated) {
+        let needed = limit.map(|l| (crate::make::rounded(l.0), predicted_s));
+        if found != needed {
+            return bad(field, format!("{found:?}"), format!("{needed:?}: the request's limit and the prediction"));
+        }
+    }
     positive("objective_s", plan.objective_s)?;
     positive("lower_bound_s", plan.lower_bound_s)?;
     if plan.lower_bound_s > plan.objective_s * (1.0 + 1e-9) {

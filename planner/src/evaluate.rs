@@ -10,7 +10,7 @@
 use crate::error::PlanError;
 use crate::price::{Case, Copies, LayerPrice, Phase, PriceTable, TierPrice};
 use crate::problem::Problem;
-use crate::request::Objective;
+use crate::request::{Goal, SloLimits};
 use tierwise_cost::cost::CostModel;
 use tierwise_cost::units::Bytes;
 
@@ -350,7 +350,7 @@ impl Prices {
 
     /// Seconds of the request's prompt, and whether experts are streamed.
     pub fn prompt_seconds(&self, problem: &Problem<'_>, placement: &Placement) -> (f64, bool) {
-        let chunks = f64::from(problem.request.prompt_tokens) / f64::from(self.in_place.tokens);
+        let chunks = self.chunks(problem);
         let in_place = step_seconds(&self.in_place, placement) * chunks;
         match self.streamed.as_ref().map(|t| step_seconds(t, placement) * chunks) {
             Some(streamed) if streamed < in_place => (streamed, true),
@@ -361,26 +361,34 @@ impl Prices {
     /// The separable forms of the objective: weighted sums over layers. Whether prompts run in place or streamed is one choice for the
     /// whole plan, so there is a form for each; the objective is the least of the forms.
     pub fn forms(&self, problem: &Problem<'_>) -> Vec<Weights<'_>> {
-        let r = &problem.request;
-        let chunks = f64::from(r.prompt_tokens) / f64::from(self.in_place.tokens);
-        let prompt = std::iter::once(&self.in_place).chain(&self.streamed);
-        match r.objective {
-            Objective::Decode => vec![vec![(1.0, &self.decode)]],
-            Objective::Prefill => prompt.map(|t| vec![(chunks, t)]).collect(),
-            Objective::Mix => prompt.map(|t| vec![(f64::from(r.generated_tokens), &self.decode), (chunks, t)]).collect(),
+        let Goal { decode, prompt } = problem.goal;
+        let decode = (decode > 0.0).then_some((decode, &self.decode));
+        if prompt <= 0.0 {
+            return vec![decode.into_iter().collect()];
         }
+        let chunks = self.chunks(problem);
+        let prompts = std::iter::once(&self.in_place).chain(&self.streamed);
+        prompts.map(|t| decode.into_iter().chain([(prompt * chunks, t)]).collect()).collect()
+    }
+
+    /// Chunks of the request's prompt.
+    pub fn chunks(&self, problem: &Problem<'_>) -> f64 {
+        f64::from(problem.request.prompt_tokens) / f64::from(self.in_place.tokens)
     }
 
     /// The objective, in seconds.
     pub fn objective(&self, problem: &Problem<'_>, placement: &Placement) -> f64 {
-        match problem.request.objective {
-            Objective::Decode => step_seconds(&self.decode, placement),
-            Objective::Prefill => self.prompt_seconds(problem, placement).0,
-            Objective::Mix => {
-                self.prompt_seconds(problem, placement).0
-                    + f64::from(problem.request.generated_tokens) * step_seconds(&self.decode, placement)
-            }
-        }
+        let Goal { decode, prompt } = problem.goal;
+        let step_s = if decode > 0.0 { step_seconds(&self.decode, placement) } else { 0.0 };
+        let prompt_s = if prompt > 0.0 { self.prompt_seconds(problem, placement).0 } else { 0.0 };
+        problem.goal.of(step_s, prompt_s)
+    }
+
+    /// The placement keeps the latencies that the request states.
+    pub fn meets(&self, problem: &Problem<'_>, placement: &Placement) -> bool {
+        let SloLimits { ttft, tpot } = problem.request.slo;
+        tpot.is_none_or(|most| step_seconds(&self.decode, placement) <= most.0)
+            && ttft.is_none_or(|most| self.prompt_seconds(problem, placement).0 <= most.0)
     }
 }
 

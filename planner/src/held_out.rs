@@ -8,6 +8,7 @@
 mod alternatives;
 mod from_trace;
 mod replay;
+mod without_caches;
 
 pub use from_trace::{Evidence, Planned, TraceOptions, placement_of, plan_from_evidence};
 pub use replay::{LayerReplay, replay_layer, replay_seconds};
@@ -152,6 +153,17 @@ pub fn held_out(
     placement: &Placement,
     evidence: &Evidence,
 ) -> Result<(HeldOut, Placement), PlanError> {
+    arranged(problem, table, placement, evidence, true)
+}
+
+/// The same; without `may_change` every layer stays static, and the alternatives are only reported.
+fn arranged(
+    problem: &Problem<'_>,
+    table: &PriceTable,
+    placement: &Placement,
+    evidence: &Evidence,
+    may_change: bool,
+) -> Result<(HeldOut, Placement), PlanError> {
     usage(problem, placement)?;
     let options: Vec<(Arrangement, Vec<Arranged>, Option<usize>)> =
         placement.layers.iter().enumerate().map(|(i, given)| layer_options(problem, table, i, given, evidence)).collect();
@@ -165,7 +177,7 @@ pub fn held_out(
         let gain = |x: &Arranged| o[0].outcome.seconds - x.outcome.seconds;
         // A hair faster is not faster: the simpler arrangement stays.
         let faster = |x: &Arranged| gain(x) > 1e-9 * o[0].outcome.seconds;
-        wishes.extend(o.iter().enumerate().skip(1).filter(|(_, x)| faster(x)).map(|(j, x)| (layer, j, gain(x))));
+        wishes.extend(o.iter().enumerate().skip(1).filter(|(_, x)| may_change && faster(x)).map(|(j, x)| (layer, j, gain(x))));
     }
     wishes.sort_by(|a, b| b.2.total_cmp(&a.2).then((a.0, a.1).cmp(&(b.0, b.1))));
     let mut chosen = vec![0; options.len()];

@@ -6,15 +6,15 @@ use crate::evaluate::{Branches, Loads, Placement, Prices, Usage, step_seconds, u
 use crate::lower_bound::{METHOD, lower_bound};
 use crate::plan::{
     BytesOn, CachePolicyKind, ExpertRun, Interval, MachineId, MemoryBudget, ModelId, PLAN_VERSION, Plan, PlanLayer, Predicted,
-    Provenance,
+    Provenance, SloLine, SloReport,
 };
 use crate::price::{Case, Copies, PriceTable};
 use crate::problem::Problem;
-use crate::request::{Objective, Popularity};
+use crate::request::{Objective, Popularity, SloLimits};
 use crate::solver::{Solution, SolverKind, solve};
 use tierwise_cost::cost::CostModel;
 use tierwise_cost::machine::Sourced;
-use tierwise_cost::units::Bytes;
+use tierwise_cost::units::{Bytes, Seconds};
 
 /// Makes a plan: the wanted solver proposes, [`crate::evaluate`] judges, the bound says how good it is.
 ///
@@ -32,7 +32,8 @@ pub fn make_plan(problem: &Problem<'_>, cost: &dyn CostModel, kind: SolverKind) 
 /// [`PlanError::BadPlan`] when it is not feasible.
 pub fn plan_from_placement(problem: &Problem<'_>, cost: &dyn CostModel, placement: Placement) -> Result<Plan, PlanError> {
     let prices = Prices::new(problem, cost, Case::Expected);
-    let solution = Solution { placement, solver: "given", reason: "the placement was given".into(), bound: None };
+    let solution =
+        Solution { placement, solver: "given", reason: "the placement was given".into(), bound: None, without_slo: None };
     plan_from(problem, cost, &prices, &solution)
 }
 
@@ -70,6 +71,22 @@ fn plan_from(problem: &Problem<'_>, cost: &dyn CostModel, prices: &Prices, solut
         solver_reason: solution.reason.clone(),
         provenance: provenance(problem, cost, &usage),
         held_out: None,
+        slo: slo_report(problem, prices, solution),
+    })
+}
+
+/// The latencies asked for, what is predicted, and whether they shape the plan.
+fn slo_report(problem: &Problem<'_>, prices: &Prices, solution: &Solution) -> Option<SloReport> {
+    let SloLimits { ttft, tpot } = problem.request.slo;
+    let without = solution.without_slo;
+    let line = |limit: Option<Seconds>, predicted_s: f64, without_s: Option<f64>| {
+        let Seconds(limit_s) = limit?;
+        Some(SloLine { limit_s: rounded(limit_s), predicted_s: rounded(predicted_s), binds: without_s.map(|s| s > limit_s) })
+    };
+    (!problem.request.slo.is_none()).then(|| SloReport {
+        ttft: line(ttft, prices.prompt_seconds(problem, &solution.placement).0, without.map(|w| w.ttft_s)),
+        tpot: line(tpot, step_seconds(&prices.decode, &solution.placement), without.map(|w| w.step_s)),
+        objective_without_s: without.map(|w| rounded(w.objective_s)),
     })
 }
 

@@ -53,6 +53,37 @@ pub struct Plan {
     /// What it is worth on the part of a routing trace that it was not made from; absent without a trace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out: Option<HeldOut>,
+    /// The latencies that were asked for; absent when none were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slo: Option<SloReport>,
+}
+
+/// Latencies asked for, and what became of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SloReport {
+    /// Time to the first token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttft: Option<SloLine>,
+    /// Time per output token of a sequence: a decode step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpot: Option<SloLine>,
+    /// The objective that was found without them: the difference is what they cost. Absent when the placement was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objective_without_s: Option<f64>,
+}
+
+/// One latency.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SloLine {
+    /// What was asked for.
+    pub limit_s: f64,
+    /// What is predicted.
+    pub predicted_s: f64,
+    /// The plan without limits would be above it. Absent when the placement was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binds: Option<bool>,
 }
 
 /// A model's identity.

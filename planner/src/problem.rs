@@ -7,7 +7,7 @@ use crate::budget;
 use crate::error::PlanError;
 use crate::hits::MissCurve;
 use crate::plan::{Main, Tier};
-use crate::request::{Limits, Popularity, Request};
+use crate::request::{Goal, Limits, Popularity, Request};
 use crate::scenario::Scenarios;
 use tierwise_cost::machine::{Machine, Memory, MemoryKind, Processor, ProcessorKind};
 use tierwise_cost::model::ModelSpec;
@@ -29,7 +29,7 @@ pub struct MoeLayer {
 }
 
 /// A model, a machine and a request, checked and laid out for solvers.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Problem<'a> {
     /// The model.
     pub spec: &'a ModelSpec,
@@ -55,6 +55,8 @@ pub struct Problem<'a> {
     pub miss_curves: Option<Vec<MissCurve>>,
     /// Seconds that a solver with a clock of its own may take.
     pub time_limit_s: Option<f64>,
+    /// The request's objective; solvers that keep latencies try other weights.
+    pub goal: Goal,
 }
 
 impl<'a> Problem<'a> {
@@ -89,6 +91,7 @@ impl<'a> Problem<'a> {
         let mut tiers = tiers(machine, &main, &capacity);
         drop_needless_disk(machine, &layers, &room, total, &mut tiers);
         let problem = Self {
+            goal: request.goal(),
             spec,
             machine,
             request,

@@ -66,6 +66,7 @@ fn problem<'a>(spec: &'a ModelSpec, machine: &'a Machine, vram: u64, dram: u64, 
         ram: Some(Bytes(stage + dram * expert)),
         cxl: Some(Bytes((LAYERS * EXPERTS) as u64 * expert)),
         disk: Some(Bytes::ZERO),
+        ..Limits::default()
     };
     let problem = Problem::new(spec, machine, Request { limits, ..request }).unwrap();
     let mut step = || {
