@@ -395,7 +395,7 @@ impl Prices {
 /// A weighted sum of phases: (weight, prices).
 pub type Weights<'p> = Vec<(f64, &'p PriceTable)>;
 
-/// Bytes of experts and of slots in each memory of the machine.
+/// Bytes of experts and of slots in each memory of the machine, then page-locked if that is limited ([`Problem::room`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage {
     /// Experts whose place it is.
@@ -414,9 +414,9 @@ pub fn usage(problem: &Problem<'_>, placement: &Placement) -> Result<Usage, Plan
     if placement.layers.len() != problem.layers.len() {
         return bad("layers".into(), placement.layers.len().to_string(), format!("{} MoE layers", problem.layers.len()));
     }
-    let memories = problem.machine.memories.len();
-    let mut usage = Usage { resident: vec![Bytes::ZERO; memories], slots: vec![Bytes::ZERO; memories] };
-    let home: Vec<usize> = problem.tiers.iter().map(|t| problem.memory_index(&t.memory)).collect();
+    let rooms = problem.room.len();
+    let mut usage = Usage { resident: vec![Bytes::ZERO; rooms], slots: vec![Bytes::ZERO; rooms] };
+    let home: Vec<Vec<usize>> = problem.tiers.iter().map(|t| problem.rooms_of(t).collect()).collect();
     for (layer, p) in problem.layers.iter().zip(&placement.layers) {
         let at = |what: &str| format!("layer {} {what}", layer.layer);
         if p.tier_of.len() != layer.num_experts as usize {
@@ -428,7 +428,9 @@ pub fn usage(problem: &Problem<'_>, placement: &Placement) -> Result<Usage, Plan
             let Some(t) = problem.tiers.get(usize::from(*tier)) else {
                 return bad(at("tier"), tier.to_string(), format!("below {}", problem.tiers.len()));
             };
-            usage.resident[home[usize::from(*tier)]] += layer.expert_bytes;
+            for room in &home[usize::from(*tier)] {
+                usage.resident[*room] += layer.expert_bytes;
+            }
             if let Some(memory) = &t.through {
                 cached += 1;
                 if through.is_some_and(|other| other != memory) {
@@ -448,10 +450,11 @@ pub fn usage(problem: &Problem<'_>, placement: &Placement) -> Result<Usage, Plan
             }
         }
     }
-    for (m, memory) in problem.machine.memories.iter().enumerate() {
+    let names = problem.machine.memories.iter().map(|m| m.id.as_str()).chain(["page-locked"]);
+    for (m, name) in names.enumerate().take(rooms) {
         let used = usage.resident[m] + usage.slots[m];
         if used > problem.room[m] {
-            return bad(format!("{} experts and slots", memory.id), used.to_string(), format!("at most {}", problem.room[m]));
+            return bad(format!("{name} experts and slots"), used.to_string(), format!("at most {}", problem.room[m]));
         }
     }
     Ok(usage)

@@ -141,6 +141,8 @@ struct Arranged {
     placement: LayerPlacement,
     outcome: Outcome,
     more_bytes: u64,
+    /// Bytes of its experts that are page-locked.
+    locked_bytes: u64,
 }
 
 /// Replays a placement and its alternatives on the test part, and chooses per layer. `table` holds decode prices.
@@ -185,8 +187,13 @@ fn arranged(
     for (layer, j, _) in wishes {
         let (_, o, below) = &options[layer];
         let Some(below) = below.filter(|_| chosen[layer] == 0) else { continue };
-        if o[j].more_bytes <= room[below] {
+        let more_locked = o[j].locked_bytes.saturating_sub(o[0].locked_bytes);
+        let locked_fits = problem.locking.room.is_none_or(|r| more_locked <= room[r]);
+        if o[j].more_bytes <= room[below] && locked_fits {
             room[below] -= o[j].more_bytes;
+            if let Some(r) = problem.locking.room {
+                room[r] -= more_locked;
+            }
             chosen[layer] = j;
         } else {
             refused[layer] = true;
@@ -245,6 +252,7 @@ fn layer_options(
         .iter()
         .map(|t| alternatives.as_ref().is_some_and(|a| problem.memory_index(&t.memory) == a.slow_memory))
         .collect();
+    let locked: Vec<bool> = problem.tiers.iter().map(|t| problem.is_page_locked(t)).collect();
     let count = |p: &LayerPlacement, of: &[bool]| p.tier_of.iter().filter(|t| of[usize::from(**t)]).count() as u32;
     let on_test = |arrangement, placement: LayerPlacement, least_below: u32| {
         let replay = replay_layer(price, table.links.len(), &placement, &evidence.test.layers[i]);
@@ -255,7 +263,9 @@ fn layer_options(
             seconds: rounded(replay.seconds),
         };
         let more = u64::from(count(&placement, &below).saturating_sub(least_below));
-        Arranged { arrangement, placement, outcome, more_bytes: more * problem.layers[i].expert_bytes.0 }
+        let bytes = problem.layers[i].expert_bytes.0;
+        let locked_bytes = u64::from(count(&placement, &locked)) * bytes;
+        Arranged { arrangement, placement, outcome, more_bytes: more * bytes, locked_bytes }
     };
     let planned = match (given.slots, count(given, &fast)) {
         (0, _) => Arrangement::Static,

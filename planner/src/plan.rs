@@ -200,6 +200,13 @@ pub struct MemoryBudget {
     pub capacity: Bytes,
     /// What it is used for; the lines sum to the capacity.
     pub lines: Vec<BudgetLine>,
+    /// How much of that is page-locked: staging buffers, and experts that are copied to a GPU.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub page_locked: Bytes,
+}
+
+fn is_zero(b: &Bytes) -> bool {
+    b.0 == 0
 }
 
 /// One use of a memory.

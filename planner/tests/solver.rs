@@ -48,6 +48,7 @@ fn compare(
     gpu: bool,
     skew: &[u32],
     skewed: bool,
+    pinned: Option<u64>,
 ) -> Result<bool, TestCaseError> {
     let k = 1.max(experts / 2);
     let spec = tiny(layers, experts, k);
@@ -67,6 +68,7 @@ fn compare(
     request.limits = Limits {
         vram: gpu.then_some(Bytes(fixed + stage + (512 << 20) + in_vram * expert)),
         ram: Some(Bytes(if gpu { stage } else { fixed } + in_dram * expert)),
+        pinned: pinned.map(|n| Bytes(stage + n * expert)),
         ..Limits::default()
     };
     let problem = match Problem::new(&spec, &machine, request) {
@@ -128,15 +130,23 @@ static WORST_BOUND: AtomicU32 = AtomicU32::new(0);
 #[test]
 fn between_the_bound_and_the_oracle() {
     let objectives = prop_oneof![Just(Objective::Decode), Just(Objective::Prefill), Just(Objective::Mix)];
-    let problems =
-        (2_u32..5, 1_u32..3, 0_u64..9, 1_u64..10, objectives, any::<bool>(), prop::collection::vec(1_u32..20, 8), any::<bool>());
+    let problems = (
+        2_u32..5,
+        1_u32..3,
+        0_u64..9,
+        1_u64..10,
+        objectives,
+        any::<bool>(),
+        prop::collection::vec(1_u32..20, 8),
+        (any::<bool>(), prop::option::of(0_u64..6)),
+    );
     let compared = AtomicU32::new(0);
     let config = ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() };
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let mut runner = TestRunner::new_with_rng(config, rng);
     runner
-        .run(&problems, |(e, l, v, d, o, g, skew, skewed)| {
-            compared.fetch_add(u32::from(compare(e, l, v, d, o, g, &skew, skewed)?), Relaxed);
+        .run(&problems, |(e, l, v, d, o, g, skew, (skewed, pinned))| {
+            compared.fetch_add(u32::from(compare(e, l, v, d, o, g, &skew, skewed, pinned)?), Relaxed);
             Ok(())
         })
         .unwrap();

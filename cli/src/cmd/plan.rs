@@ -193,7 +193,8 @@ pub fn describe(plan: &Plan, spec: &ModelSpec, machine_origin: &str) -> String {
     let rows = plan.budgets.iter().flat_map(|b| {
         let head = vec![b.memory.clone(), "budget".into(), b.capacity.to_string()];
         let lines = b.lines.iter().filter(|l| l.bytes.0 > 0).map(|l| vec![String::new(), l.name.clone(), l.bytes.to_string()]);
-        std::iter::once(head).chain(lines.collect::<Vec<_>>())
+        let locked = (b.page_locked.0 > 0).then(|| vec![String::new(), "of it page-locked".into(), b.page_locked.to_string()]);
+        std::iter::once(head).chain(lines.collect::<Vec<_>>()).chain(locked)
     });
     text += &ui::table(&["memory", "line", "bytes"], rows, false);
     let p = &plan.predicted;

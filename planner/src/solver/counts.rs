@@ -50,8 +50,8 @@ pub(super) struct CountLayer<'a> {
     order: Vec<Vec<(usize, bool)>>,
     num_experts: u32,
     num_links: usize,
-    /// Memory of each tier. `[tiers]`
-    home: Vec<usize>,
+    /// What an expert in each tier takes room of. `[tiers]`
+    rooms: Vec<Vec<usize>>,
     /// Memory of each tier's slots. `[tiers]`
     through: Vec<Option<usize>>,
 }
@@ -127,7 +127,7 @@ impl<'a> CountLayer<'a> {
             form,
             num_experts: problem.layers[index].num_experts,
             num_links: links,
-            home: problem.tiers.iter().map(|t| problem.memory_index(&t.memory)).collect(),
+            rooms: problem.tiers.iter().map(|t| problem.rooms_of(t).collect()).collect(),
             through: problem.tiers.iter().map(|t| t.through.as_deref().map(|m| problem.memory_index(m))).collect(),
         })
     }
@@ -173,7 +173,7 @@ impl<'a> CountLayer<'a> {
         let mut experts = vec![0; memories];
         let mut slots = None;
         for (t, n) in point.counts.iter().enumerate() {
-            experts[self.home[t]] += n;
+            self.rooms[t].iter().for_each(|room| experts[*room] += n);
             if *n > 0 {
                 slots = slots.or(self.through[t]);
             }
@@ -182,6 +182,11 @@ impl<'a> CountLayer<'a> {
             experts[m] += point.slots;
         }
         experts
+    }
+
+    /// Price of the room that an expert in tier `t` takes.
+    fn price_of(&self, t: usize, expert_price: &[f64]) -> f64 {
+        self.rooms[t].iter().map(|room| expert_price[*room]).sum()
     }
 
     fn priced(&self, point: &Point, expert_price: &[f64]) -> f64 {
@@ -225,8 +230,9 @@ impl<'a> CountLayer<'a> {
         best: &mut Option<(f64, Point)>,
     ) -> f64 {
         let e = self.num_experts;
-        let hi: Vec<u32> = (0..self.home.len())
-            .map(|t| if self.through[t].is_none() || self.through[t] == cache { e.min(max_held[self.home[t]]) } else { 0 })
+        let held = |t: usize| self.rooms[t].iter().map(|room| max_held[*room]).fold(e, u32::min);
+        let hi: Vec<u32> = (0..self.rooms.len())
+            .map(|t| if self.through[t].is_none() || self.through[t] == cache { held(t) } else { 0 })
             .collect();
         let slots = cache.map_or((0, 0), |m| (1, e.min(max_held[m])));
         if cache.is_some() && slots.1 == 0 {
@@ -318,7 +324,7 @@ impl<'a> CountLayer<'a> {
             let slots = if per_slot < 0.0 { r.slots.1 } else { r.slots.0 };
             let mut value = mix.constant + f64::from(slots) * per_slot;
             for (t, cost) in costs.iter_mut().enumerate() {
-                *cost += expert_price[self.home[t]];
+                *cost += self.price_of(t, expert_price);
                 value += *cost * f64::from(r.lo[t]);
             }
             let mut left = rest;
@@ -340,7 +346,7 @@ impl<'a> CountLayer<'a> {
             }
         }
         // What is surely there, and the rest for nothing but its memory.
-        let price = |t: usize| expert_price[self.home[t]];
+        let price = |t: usize| self.price_of(t, expert_price);
         let held: f64 = r.lo.iter().enumerate().map(|(t, n)| f64::from(*n) * price(t)).sum();
         let open = (0..r.lo.len()).filter(|t| r.hi[*t] > r.lo[*t]).map(price).fold(f64::INFINITY, f64::min);
         let open = if rest > 0 { f64::from(rest) * open } else { 0.0 };
@@ -384,7 +390,7 @@ impl<'a> CountLayer<'a> {
 
     /// The mean time of a mix of branches. `weights`: `[phases][processors, links]`
     fn mix(&self, cache: Option<usize>, weights: &[Vec<f64>]) -> Mix {
-        let mut mix = Mix { constant: 0.0, per_expert: vec![0.0; self.home.len()], per_copy: Vec::new() };
+        let mut mix = Mix { constant: 0.0, per_expert: vec![0.0; self.rooms.len()], per_copy: Vec::new() };
         for ((weight, p), w) in self.form.iter().zip(weights) {
             mix.constant += weight * p.fixed_s;
             let active = p.active.first().copied().unwrap_or(0.0);
