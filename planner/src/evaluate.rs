@@ -152,7 +152,7 @@ pub(crate) struct Event {
 }
 
 /// More events than this are not combined; those of the fastest tiers count with their means.
-const MAX_EVENTS: usize = 8;
+pub(crate) const JUDGED_EVENTS: usize = 8;
 /// As good as always.
 const CERTAIN: f64 = 1.0 - 1e-9;
 /// Resources up to which nothing is allocated.
@@ -221,10 +221,10 @@ fn combine(events: &[Event], sync_s: &[f64], resources: usize, buffers: &mut [f6
     let slowed = &mut rest[..processors];
     let (base_busy, busy) = busy.split_at_mut(processors);
     let busy = &mut busy[..processors];
-    let mut open = [Event::default(); MAX_EVENTS];
+    let mut open = [Event::default(); JUDGED_EVENTS];
     let mut num_open = 0;
     for (i, e) in events.iter().enumerate() {
-        if i < MAX_EVENTS && e.used < CERTAIN {
+        if i < JUDGED_EVENTS && e.used < CERTAIN {
             open[num_open] = *e;
             num_open += 1;
             continue;

@@ -5,6 +5,7 @@
 
 mod columns;
 mod counts;
+mod exchange;
 mod exhaustive;
 mod fill;
 mod greedy;
@@ -16,6 +17,7 @@ mod refine;
 mod relax;
 mod search;
 mod slo;
+mod slopes;
 
 pub use exhaustive::Exhaustive;
 pub use greedy::Greedy;
