@@ -78,7 +78,7 @@ pub(super) fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) ->
     let [step_s, ttft_s] = scan.seen[first].at;
     let without = WithoutSlo { objective_s: problem.goal.of(step_s, ttft_s), step_s, ttft_s };
     if scan.keeps(scan.seen[first].at) {
-        return scan.finish(without, "the latencies asked for are kept anyway".into());
+        return scan.finish(without, "the latencies asked for are kept anyway");
     }
     let small =
         Exhaustive { max_states: if kind == SolverKind::Exhaustive { Exhaustive::default().max_states } else { 20_000.0 } };
@@ -114,7 +114,8 @@ pub(super) fn solve(problem: &Problem<'_>, prices: &Prices, kind: SolverKind) ->
         scan.mix(start);
     }
     let tried = scan.cuts.len();
-    scan.finish(without, format!("{tried} weightings of decode and prefill, then layers placed as in any of them"))
+    let how = format!("{tried} weightings of decode and prefill, then layers placed as in any of them");
+    scan.finish(without, &how)
 }
 
 fn dot(w: Times, at: Times) -> f64 {
@@ -157,7 +158,7 @@ impl Scan<'_, '_> {
         self.problem.goal.of(at[0], at[1])
     }
 
-    fn finish(mut self, without: WithoutSlo, how: String) -> Result<Solution, PlanError> {
+    fn finish(mut self, without: WithoutSlo, how: &str) -> Result<Solution, PlanError> {
         let best = (0..self.seen.len())
             .filter(|i| self.keeps(self.seen[*i].at))
             .min_by(|a, b| self.goal(self.seen[*a].at).total_cmp(&self.goal(self.seen[*b].at)));
