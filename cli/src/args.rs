@@ -4,7 +4,7 @@ use crate::cmd::calibrate::CalibrateArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use tierwise_cost::quant::QuantFormat;
-use tierwise_cost::units::Bytes;
+use tierwise_cost::units::{Bytes, Seconds};
 
 /// Plan and run Mixture-of-Experts models on limited VRAM.
 #[derive(Debug, Parser)]
@@ -153,6 +153,15 @@ pub struct PlanningArgs {
     /// What to make fast. [default: decode]
     #[arg(long, value_enum)]
     pub objective: Option<ObjectiveArg>,
+    /// Time to the first token of the prompt that the plan has to keep, e.g. 2s.
+    #[arg(long, value_name = "S")]
+    pub slo_ttft: Option<Seconds>,
+    /// Time per token of a sequence (a decode step, whatever the batch) that the plan has to keep, e.g. 50ms.
+    #[arg(long, value_name = "S")]
+    pub slo_tpot: Option<Seconds>,
+    /// Host memory to page-lock at most: staging buffers, and experts that are copied to a GPU. [default: no limit]
+    #[arg(long, value_name = "SIZE")]
+    pub pinned: Option<Bytes>,
     /// How to search.
     #[arg(long, value_enum, default_value_t = SolverArg::Auto)]
     pub solver: SolverArg,

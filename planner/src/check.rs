@@ -300,6 +300,7 @@ fn check_budgets(plan: &Plan, spec: &ModelSpec, machine: Option<&Machine>) -> Re
             return bad(at("capacity"), format!("{} {}", b.kind.name(), b.capacity), format!("{} {allowed}", memory.kind.name()));
         }
     }
+    check_page_locked(plan)?;
     // What the lines must hold follows from the placement, the model and the request.
     let line = |memory: &str, name: &str, needed: Bytes| {
         let Some(b) = plan.budgets.iter().find(|b| b.memory == memory) else {
@@ -340,6 +341,30 @@ fn check_budgets(plan: &Plan, spec: &ModelSpec, machine: Option<&Machine>) -> Re
     Ok(())
 }
 
+/// Page-locked are experts that wait in host memory for slots of a GPU, or none of them, and staging, or not.
+fn check_page_locked(plan: &Plan) -> Result<(), PlanError> {
+    let mut all = 0_u64;
+    for b in &plan.budgets {
+        let locked = |t: &Tier| t.memory == b.memory && t.through.is_some() && t.executor_kind == ProcessorKind::Gpu;
+        let experts = plan.layers.iter().flat_map(|l| l.runs.iter().map(move |r| (l, r)));
+        let experts = experts.filter(|(_, r)| locked(&plan.tiers[r.tier as usize]));
+        let experts = experts.fold(0_u64, |sum, (l, r)| sum.saturating_add(l.expert_bytes.0.saturating_mul(u64::from(r.count))));
+        let staging = b.line(budget::STAGING).0;
+        let allowed = match b.kind {
+            MemoryKind::Dram | MemoryKind::Cxl => [experts.saturating_add(staging), experts, staging, 0],
+            MemoryKind::Vram | MemoryKind::Disk => [0; 4],
+        };
+        if !allowed.contains(&b.page_locked.0) {
+            return bad(format!("budget of {} page_locked", b.memory), b.page_locked, format!("{} B", allowed[0]));
+        }
+        all = all.saturating_add(b.page_locked.0);
+    }
+    match plan.request.limits.pinned {
+        Some(limit) if all > limit.0 => bad("page_locked", Bytes(all), format!("at most {limit}, the request's limit")),
+        _ => Ok(()),
+    }
+}
+
 fn check_numbers(plan: &Plan) -> Result<(), PlanError> {
     let positive = |field: &str, x: f64| if x.is_finite() && x > 0.0 { Ok(()) } else { bad(field, x, "a finite number above 0") };
     let interval = |field: &str, i: Interval| {
@@ -351,6 +376,16 @@ fn check_numbers(plan: &Plan) -> Result<(), PlanError> {
     interval("predicted.prefill_tokens_per_s", plan.predicted.prefill_tokens_per_s)?;
     interval("predicted.ttft_s", plan.predicted.ttft_s)?;
     interval("predicted.decode_step_s", plan.predicted.decode_step_s)?;
+    let (asked, p) = (plan.request.slo, &plan.predicted);
+    let line = |l: Option<crate::plan::SloLine>| l.map(|l| (l.limit_s, l.predicted_s));
+    let stated = plan.slo.as_ref().map_or([None; 2], |s| [line(s.ttft), line(s.tpot)]);
+    let limits = [("slo.ttft", asked.ttft, p.ttft_s.value), ("slo.tpot", asked.tpot, p.decode_step_s.value)];
+    for ((field, limit, predicted_s), found) in limits.into_iter().zip(stated) {
+        let needed = limit.map(|l| (crate::make::rounded(l.0), predicted_s));
+        if found != needed {
+            return bad(field, format!("{found:?}"), format!("{needed:?}: the request's limit and the prediction"));
+        }
+    }
     positive("objective_s", plan.objective_s)?;
     positive("lower_bound_s", plan.lower_bound_s)?;
     if plan.lower_bound_s > plan.objective_s * (1.0 + 1e-9) {

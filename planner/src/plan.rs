@@ -57,6 +57,37 @@ pub struct Plan {
     /// How the engine works at run time.
     #[serde(default, skip_serializing_if = "EngineSettings::is_default")]
     pub engine: EngineSettings,
+    /// The latencies that were asked for; absent when none were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slo: Option<SloReport>,
+}
+
+/// Latencies asked for, and what became of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SloReport {
+    /// Time to the first token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttft: Option<SloLine>,
+    /// Time per output token of a sequence: a decode step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpot: Option<SloLine>,
+    /// The objective that was found without them: the difference is what they cost. Absent when the placement was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objective_without_s: Option<f64>,
+}
+
+/// One latency.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SloLine {
+    /// What was asked for.
+    pub limit_s: f64,
+    /// What is predicted.
+    pub predicted_s: f64,
+    /// The plan without limits would be above it. Absent when the placement was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binds: Option<bool>,
 }
 
 /// A model's identity.
@@ -250,6 +281,13 @@ pub struct MemoryBudget {
     pub capacity: Bytes,
     /// What it is used for; the lines sum to the capacity.
     pub lines: Vec<BudgetLine>,
+    /// How much of that is page-locked: staging buffers, and experts that are copied to a GPU.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub page_locked: Bytes,
+}
+
+fn is_zero(b: &Bytes) -> bool {
+    b.0 == 0
 }
 
 /// One use of a memory.
