@@ -329,6 +329,15 @@ fn a_latency_limit_shapes_the_plan_and_an_impossible_one_is_refused() {
     // What the message names works.
     let named: Seconds = e.to_string().split("--slo-ttft ").nth(1).unwrap().split([',', ' ']).next().unwrap().parse().unwrap();
     plan(SloLimits { ttft: Some(named), ..none }, Objective::Decode).unwrap();
+    // With neither in reach it names pairs that placements keep.
+    let both = SloLimits { ttft: Some(Seconds(fast / 3.0)), tpot: Some(Seconds(decode.objective_s / 3.0)) };
+    let e = plan(both, Objective::Decode).unwrap_err().to_string();
+    println!("{e}");
+    for pair in e.split("--slo-ttft ").skip(1) {
+        let words: Vec<&str> = pair.split([' ', ',']).collect();
+        let named = SloLimits { ttft: Some(words[0].parse().unwrap()), tpot: Some(words[3].parse().unwrap()) };
+        plan(named, Objective::Decode).unwrap();
+    }
     let nonsense = plan(ttft(-1.0), Objective::Decode).unwrap_err().to_string();
     assert!(nonsense.contains("slo ttft") && nonsense.contains("above 0"), "{nonsense}");
 }

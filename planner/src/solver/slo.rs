@@ -189,21 +189,24 @@ impl Scan<'_, '_> {
         let apart = self.prices.forms(self.problem).iter().any(tells_experts_apart);
         let conditional = apart && self.problem.tiers.iter().any(|t| t.through.is_some());
         let proven = !conditional && least_over(&self.cuts, self.limits, [1.0, 1.0]).is_none();
-        let least = |k: usize, other_kept: bool| {
-            let points = self.seen.iter().map(|s| s.at).filter(|at| !other_kept || at[1 - k] <= self.limits[1 - k]);
-            points.map(|at| at[k]).min_by(f64::total_cmp)
+        let least = |k: usize| {
+            let other_kept = self.seen.iter().map(|s| s.at).filter(|at| at[1 - k] <= self.limits[1 - k]);
+            other_kept.map(|at| at[k]).min_by(f64::total_cmp)
         };
         let flags = ["--slo-tpot", "--slo-ttft"];
         let mut hints: Vec<String> = Vec::new();
         for k in [1, 0] {
             // Loosening one limit helps only where the other can be kept.
-            if let Some(s) = least(k, true).filter(|s| *s > self.limits[k]) {
+            if let Some(s) = least(k).filter(|s| *s > self.limits[k]) {
                 hints.push(format!("{} {}", flags[k], in_one_word(s)));
             }
         }
         if hints.is_empty() {
-            hints.extend([1, 0].into_iter().filter_map(|k| Some(format!("{} {}", flags[k], in_one_word(least(k, false)?)))));
-            hints = vec![hints.join(" with ")];
+            // Neither limit can be kept: both have to go to where a placement is.
+            for seen in [prompt, step] {
+                let [step_s, prompt_s] = self.seen[seen].at;
+                hints.push(format!("{} {} with {} {}", flags[1], in_one_word(prompt_s), flags[0], in_one_word(step_s)));
+            }
         }
         let asked = [(1, "a first token"), (0, "a decode step")].into_iter().filter(|(k, _)| self.limits[*k].is_finite());
         let asked: Vec<String> = asked.map(|(k, what)| format!("{what} within {}", Seconds(self.limits[k]))).collect();
