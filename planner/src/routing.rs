@@ -8,15 +8,21 @@
 
 mod counts;
 mod file;
+mod generate;
+mod records;
 mod scenarios;
 mod shared;
 mod split;
+mod stats;
 mod synthetic;
 
 pub use counts::{CountsGroup, CountsTable};
 pub use file::{MAGIC, decode, encode};
+pub use generate::{Domain, GeneratorSpec, generate};
+pub use records::{RECORD_KEYS, trace_from_records};
 pub use scenarios::{VIEWS_PER_EXPERT, num_scenarios_for};
 pub use split::Part;
+pub use stats::{BatchDistinct, Lag, LayerStats, LruPoint, ReuseDistance, TraceStats};
 pub use synthetic::{INDEPENDENT, independent_scenarios, synthetic_scenarios, zipf_shares};
 
 use crate::error::PlanError;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 pub(crate) const UNRECORDED: u16 = u16::MAX;
 
 /// A weight of 1 in a trace.
-pub(crate) const WEIGHT_ONE: u16 = u16::MAX;
+const WEIGHT_ONE: u16 = u16::MAX;
 
 /// A view of a trace in the layout `[tokens][layers][experts_per_token]`: expert ids, 65535 for "not recorded", and, if known, the
 /// router's weights, 65535 for 1.
