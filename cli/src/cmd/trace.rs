@@ -62,7 +62,6 @@ pub struct RecordArgs {
 
 /// `trace synth`
 #[derive(Debug, Args)]
-#[group(id = "kind", required = true, args = ["like", "zipf"])]
 pub struct SynthArgs {
     /// Fit popularity, repetition and shifts to this trace.
     #[arg(long, value_name = "TRACE", conflicts_with = "zipf")]

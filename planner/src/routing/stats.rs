@@ -51,9 +51,9 @@ pub struct ReuseDistance {
     pub p75: Option<u64>,
     pub p90: Option<u64>,
     pub p99: Option<u64>,
-    /// Share of the reuses, at the next token; first touches are not counted.
+    /// Share of all selections whose expert the token before chose too.
     pub next_token: f64,
-    /// Share of the reuses, within 8 tokens.
+    /// Share of all selections whose expert was last used at most 8 tokens before.
     pub within_8: f64,
 }
 
@@ -160,13 +160,9 @@ impl TraceStats {
             measured: ratio(sums.iter().map(|s| s.distinct[i]).fold((0, 0), add)),
             uniform: expected_distinct(trace.num_experts, trace.experts_per_token as u32, *tokens as u32),
         });
-        let total_reuses: u64 = reuses.iter().sum();
-        let reused_within = |tokens: usize| {
-            let near: u64 = reuses.iter().take(tokens + 1).sum();
-            if total_reuses == 0 { 0.0 } else { near as f64 / total_reuses as f64 }
-        };
         let selections: u64 = sums.iter().map(|s| s.selections).sum();
         let first: u64 = sums.iter().map(|s| s.first_touches).sum();
+        let reused_within = |tokens: usize| ratio((reuses.iter().take(tokens + 1).sum(), selections)).unwrap_or(0.0);
         Self {
             num_tokens: trace.num_tokens(),
             num_sequences: trace.sequences.len(),
