@@ -65,6 +65,10 @@ pub enum Command {
     /// Measure perplexity on a text.
     #[command(after_help = "Example:  tierwise perplexity model.gguf --text wiki.txt --window 512")]
     Perplexity(PerplexityArgs),
+    /// Record routing, look at it, make it up, or bring it from other formats.
+    #[command(subcommand)]
+    #[command(after_help = "Example:  tierwise trace stats routing.twtrace")]
+    Trace(crate::cmd::trace::TraceCommand),
     /// Make a random-weight GGUF in the exact shape of a real model, to benchmark before downloading.
     #[command(after_help = "Example:  tierwise synth olmoe-1b-7b --format Q4_K_M -o olmoe.gguf")]
     Synth(SynthArgs),

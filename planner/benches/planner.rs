@@ -95,8 +95,8 @@ fn engine(c: &mut Criterion) {
 }
 
 fn simulator(c: &mut Criterion) {
-    let ids = include_bytes!("../tests/data/gptoss20b_11seq.ids.u8");
-    let trace = Trace::new(ids, 24, 4).unwrap();
+    let ids: Vec<u16> = include_bytes!("../tests/data/gptoss20b_11seq.ids.u8").iter().map(|e| u16::from(*e)).collect();
+    let trace = Trace::new(&ids, 24, 4).unwrap();
     let spec = tiny(24, 32, 4);
     let plan = cached_plan(&spec, 0, 8);
     let mut group = c.benchmark_group("simulator");

@@ -329,6 +329,7 @@ fn lru_hit_rates_are_the_independent_ones() {
         serde_json::from_str(&std::fs::read_to_string(path.join("policies.stats.json")).unwrap()).unwrap();
     let published = &stats["gptoss20b"];
     let tokens = published["tokens_for_policies"].as_u64().unwrap() as usize;
+    let ids: Vec<u16> = ids.into_iter().map(u16::from).collect();
     let trace = Trace::new(&ids, 24, 4).unwrap().take(tokens);
     let spec = tiny(24, 32, 4);
     for slots in [4, 8, 12, 16, 24] {
@@ -344,11 +345,11 @@ fn lru_hit_rates_are_the_independent_ones() {
 /// Against a cache written in ten lines, exactly, on real routing.
 #[test]
 fn lru_on_real_routing_equals_a_naive_cache() {
-    let ids = include_bytes!("data/gptoss20b_11seq.ids.u8");
-    let trace = Trace::new(ids, 24, 4).unwrap();
+    let ids: Vec<u16> = include_bytes!("data/gptoss20b_11seq.ids.u8").iter().map(|e| u16::from(*e)).collect();
+    let trace = Trace::new(&ids, 24, 4).unwrap();
     let spec = tiny(24, 32, 4);
     for slots in [4_usize, 8, 16] {
-        let mut caches = vec![Vec::<u8>::new(); 24];
+        let mut caches = vec![Vec::<u16>::new(); 24];
         let mut hits = 0_u64;
         for (i, chosen) in ids.chunks(4).enumerate() {
             let cache = &mut caches[i % 24];

@@ -15,6 +15,7 @@ pub mod predict;
 pub mod run;
 mod shell;
 mod synth;
+pub mod trace;
 
 use crate::args::Command;
 use crate::ui::Ui;
@@ -35,6 +36,7 @@ pub fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Bench(args) => bench::run(&args, ui),
         Command::Logits(args) => logits::run(&args, ui),
         Command::Perplexity(args) => perplexity::run(&args, ui),
+        Command::Trace(command) => trace::run(&command, ui),
         Command::Synth(args) => synth::run(&args, ui),
         Command::Demo(args) => demo::run(&args, ui),
         Command::Completions { shell } => shell::completions(shell, ui),
