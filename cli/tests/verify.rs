@@ -103,7 +103,7 @@ fn verify_finds_what_was_planned() {
 fn plans_that_do_not_fit_are_refused() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let plan = folder.path().join("plan.json");
-    json(&["plan", TINY, "--ram", RAM, "--context", "128", "-o", str(&plan)]);
+    json(&["plan", TINY, "--ram", RAM, "--context", "128", "--chunk", "32", "-o", str(&plan)]);
     let text = std::fs::read_to_string(&plan).expect("read");
     let fingerprint =
         serde_json::from_str::<Value>(&text).expect("JSON")["model"]["fingerprint"].as_str().expect("text").to_string();

@@ -33,6 +33,7 @@ pub struct Check {
     pub ok: bool,
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "numbers and texts alike")]
 fn check(name: impl Into<String>, planned: impl ToString, found: impl ToString, ok: bool) -> Check {
     Check { name: name.into(), planned: planned.to_string(), found: found.to_string(), ok }
 }
