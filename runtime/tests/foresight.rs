@@ -21,6 +21,9 @@ fn decode(model: &Arc<Model>, tokens: &[u32], lookahead: u32, slots: u32) -> (Ve
     (all, recording, s)
 }
 
+/// Distance and scores.
+type Guess = (u32, Vec<(u32, u32)>);
+
 /// Experts with the largest scores.
 fn top(scores: &[(u32, u32)], k: usize) -> Vec<u32> {
     let mut sorted = scores.to_vec();
@@ -82,7 +85,7 @@ fn guesses_of_a_trained_model_are_much_better_than_chance() {
     let (_, moe) = model.spec().moe_layers().next().expect("an MoE model");
     let (n, k) = (moe.num_experts, moe.experts_per_token as usize);
     // Guesses come before their demand, in the same step.
-    let mut guesses: HashMap<(u64, u32), Vec<(u32, Vec<(u32, u32)>)>> = HashMap::new();
+    let mut guesses: HashMap<(u64, u32), Vec<Guess>> = HashMap::new();
     let mut found: HashMap<(u32, usize), (usize, usize)> = HashMap::new();
     for (_, input) in &recording.inputs {
         match input {
