@@ -116,7 +116,7 @@ proptest! {
         let model = open(&path);
         let spec = model.spec();
         let tokens = tokens(&model, 16, seed);
-        let on_disk = |l: u32, e: u32| e < 2 || mix(pattern ^ u64::from(l * 1000 + e)) % 4 != 0;
+        let on_disk = |l: u32, e: u32| e < 2 || !mix(pattern ^ u64::from(l * 1000 + e)).is_multiple_of(4);
         let plan = disk_plan(spec, F16_KV, slots, on_disk);
         let layers: Vec<u32> = spec.moe_layers().map(|(l, _)| l).collect();
         let faulty = Arc::new(Faulty {
