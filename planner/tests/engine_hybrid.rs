@@ -232,7 +232,8 @@ fn a_guess_that_cannot_be_read_does_not_stop_the_run() {
 #[test]
 fn simulated_runs_replay_and_add_up() {
     let ids = include_bytes!("data/gptoss20b_11seq.ids.u8");
-    let trace = Trace::new(ids, 24, 4).unwrap().take(120);
+    let ids: Vec<u16> = ids.iter().map(|e| u16::from(*e)).collect();
+    let trace = Trace::new(&ids, 24, 4).unwrap().take(120);
     let (spec, machine) = (tiny(24, 32, 4), small_machine(8 << 30, 64 << 30, 0));
     for prefetch in [PrefetchKind::Off, PrefetchKind::History] {
         for schedule in [Rule::Exact, Rule::Hybrimoe, Rule::Static, Rule::AllMoved] {

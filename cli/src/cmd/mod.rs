@@ -16,6 +16,7 @@ pub mod run;
 mod shell;
 mod synth;
 pub mod trace;
+pub mod verify;
 
 use crate::args::Command;
 use crate::ui::Ui;
@@ -33,6 +34,7 @@ pub fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Explain(args) => explain::run(&args, ui),
         Command::Predict(args) => predict::run(&args, ui),
         Command::Run(args) => run::run(&args, ui),
+        Command::Verify(args) => verify::run(&args, ui),
         Command::Bench(args) => bench::run(&args, ui),
         Command::Logits(args) => logits::run(&args, ui),
         Command::Perplexity(args) => perplexity::run(&args, ui),

@@ -138,18 +138,4 @@ mod tests {
         assert!(plain.with_weights(&weights[1..]).is_none());
         assert_eq!(trace.take(1).demand(0, 0, 0).expect("recorded").experts, [(1, 1), (3, 1)]);
     }
-
-    /// What these tokens together ask of the `index`-th MoE layer.
-    pub fn demand_of(&self, tokens: &[usize], index: usize, layer: u32) -> Option<Demand> {
-        let mut chosen: Vec<u32> = tokens.iter().flat_map(|t| self.chosen(*t, index)).map(u32::from).collect();
-        chosen.sort_unstable();
-        let mut experts: Vec<(u32, u32)> = Vec::new();
-        for e in chosen {
-            match experts.last_mut() {
-                Some((last, n)) if *last == e => *n += 1,
-                _ => experts.push((e, 1)),
-            }
-        }
-        (!experts.is_empty()).then_some(Demand { step: 0, layer, experts, tokens: tokens.len() as u32, scores: Vec::new() })
-    }
 }
