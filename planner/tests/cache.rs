@@ -13,7 +13,8 @@ use tierwise_planner::sim::{Keep, Trace, Workload, simulate};
 
 #[test]
 fn counting_equals_the_engine() {
-    let trace = Trace::new(include_bytes!("data/gptoss20b_11seq.ids.u8"), 24, 4).unwrap();
+    let ids: Vec<u16> = include_bytes!("data/gptoss20b_11seq.ids.u8").iter().map(|e| u16::from(*e)).collect();
+    let trace = Trace::new(&ids, 24, 4).unwrap();
     let streams: Vec<Stream> = (0..24).map(|l| Stream::from_trace(&trace, l)).collect();
     for slots in [4, 8, 16, 31] {
         let report = simulate(&cached_plan(&tiny(24, 32, 4), 0, slots), None, &Workload::decode(trace), Keep::default());
