@@ -160,7 +160,7 @@ impl RoutingTrace {
         check_shape(c.num_moe_layers, c.num_experts, c.experts_per_token)?;
         let per_token = c.num_moe_layers * c.experts_per_token;
         let num_tokens = c.ids.len() / per_token;
-        if num_tokens == 0 || c.ids.len() % per_token != 0 {
+        if num_tokens == 0 || !c.ids.len().is_multiple_of(per_token) {
             let expected = format!("a multiple of {per_token}: {} layers x {}", c.num_moe_layers, c.experts_per_token);
             return bad("the number of ids", c.ids.len(), expected);
         }

@@ -20,6 +20,9 @@ const LEAST_PROBABILITY: f64 = 0.05;
 /// Weight of the newest interval between two layers.
 const INTERVAL_WEIGHT: f64 = 0.25;
 
+/// A look-ahead: its distance, and a probability by expert.
+type Foreseen = (usize, Vec<(u32, f64)>);
+
 /// A load that may be worth it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate {
@@ -40,8 +43,8 @@ pub(super) struct Prefetcher {
     candidates: Vec<Candidate>,
     /// Probability that an expert is demanded when its layer comes next. `[layers][experts]`
     chances: Vec<Vec<f32>>,
-    /// Look-ahead guesses for layers of the running step: (distance, probability by expert).
-    foreseen: Vec<Option<(usize, Vec<(u32, f64)>)>>,
+    /// Look-ahead guesses for layers of the running step. `[layers]`
+    foreseen: Vec<Option<Foreseen>>,
     /// Mean time from one layer's demand to the next's, in seconds; 0 unknown. `[layers]`
     interval_s: Vec<f64>,
     /// Layer and time of the last demand.

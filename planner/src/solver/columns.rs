@@ -24,6 +24,8 @@ const MAX_ROUNDS_MANY_TIERS: usize = 16;
 const CLOSE: f64 = 1e-4;
 /// Regions that one search of column generation looks at.
 const MAX_REGIONS: usize = 60_000;
+/// The same with more than four tiers, where a region costs more.
+const MAX_REGIONS_MANY_TIERS: usize = 15_000;
 /// Effort for a single layer left over by rounding.
 const LEFTOVER: Effort = Effort { close: 1e-3, max_regions: 4_000 };
 /// Times in the programs are in microseconds, sizes in MiB: coefficients of similar size keep the simplex method stable.
@@ -76,13 +78,14 @@ pub(super) fn solve(problem: &Problem<'_>, form: &Weights<'_>, starts: &[Placeme
     let mut bound = f64::NEG_INFINITY;
     let mut prices = vec![0.0; memories];
     let mut wanted = vec![0.0; memories];
-    let rounds = if problem.tiers.len() <= 4 { MAX_ROUNDS } else { MAX_ROUNDS_MANY_TIERS };
+    let (rounds, max_regions) =
+        if problem.tiers.len() <= 4 { (MAX_ROUNDS, MAX_REGIONS) } else { (MAX_ROUNDS_MANY_TIERS, MAX_REGIONS_MANY_TIERS) };
     let mut gap = 1.0;
     for _ in 0..rounds {
         let (value, duals) = master_dual(&classes, &room)?;
         // Far from the end a rough search is enough.
         let close = (gap * 0.05_f64).clamp(CLOSE, 1e-2);
-        let effort = Effort { close, max_regions: MAX_REGIONS };
+        let effort = Effort { close, max_regions };
         let mut lagrangian = -duals.iter().zip(&room).map(|(p, r)| p * r).sum::<f64>();
         let mut added = false;
         let mut searched: Vec<(usize, Option<Point>, f64)> = Vec::new();

@@ -129,8 +129,8 @@ impl Predictor {
             phi[5 * n + i] = self.slow[i] / (self.slow[i] + 0.1);
             phi[6 * n + i] = 0.5 * self.weight[i] / (1.0 + 0.1 * age);
         }
-        for i in 0..n {
-            z[i] = self.bias[i] + self.wx[i];
+        for (z, (bias, wx)) in z.iter_mut().zip(self.bias.iter().zip(&self.wx)) {
+            *z = bias + wx;
         }
         for (j, s) in self.s.iter().enumerate() {
             add(z, *s, &phi[j * n..(j + 1) * n]);
