@@ -1,6 +1,6 @@
 //! Brings experts from the model's files into slots while the caller computes.
 //!
-//! Two back-ends: io_uring where the kernel has it ([`uring`]), reader threads elsewhere ([`threads`]). Both read demanded experts
+//! Two back-ends: io_uring where the kernel has it (`uring`), reader threads elsewhere (`threads`). Both read demanded experts
 //! before prefetched ones. Buffers travel with the requests, so a slot that is being filled cannot be computed on.
 //!
 //! * [`files`]: where experts are in files and slots. * [`buffer`]: aligned memory of a slot.
