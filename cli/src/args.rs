@@ -4,7 +4,9 @@ use crate::cmd::calibrate::CalibrateArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use tierwise_cost::quant::QuantFormat;
-use tierwise_cost::units::{Bytes, Seconds};
+use tierwise_cost::units::{Bytes, BytesPerS, Seconds};
+use tierwise_runtime::backend::Choice;
+use tierwise_runtime::session::Throttle;
 
 /// Plan and run Mixture-of-Experts models on limited VRAM.
 #[derive(Debug, Parser)]
@@ -52,6 +54,16 @@ pub enum Command {
         after_help = "Example:  tierwise simulate --trace routing.twtrace --cache 0.25 --compare\n          tierwise simulate --trace routing.twtrace --model gpt-oss-20b --format MXFP4 --machine rtx3060-12g-ddr4-32g --cache 0.25,0.5 --policy lru,adaptive"
     )]
     Simulate(Box<crate::cmd::simulate::SimulateArgs>),
+    /// Place experts over many devices, and compare policies of expert parallelism on a log of loads.
+    #[command(
+        after_help = "Example:  tierwise balance --load counts.json --devices 8 --replicas 288 -o placement.json\n          tierwise balance --load routing.twtrace --devices 8 --model gpt-oss-20b --tokens-per-step 4096 --policy ep,llep,tierwise\n          tierwise balance --load counts.json --devices 8 --replicas 192 --host-slots 8 --host-price 10   (256 experts: the rest waits in host memory)"
+    )]
+    Balance(Box<crate::cmd::balance::BalanceArgs>),
+    /// Write a plan, or a placement over devices, for another engine: its file, its command line, and what is lost.
+    #[command(
+        after_help = "Example:  tierwise export plan.json --to llama.cpp --model qwen3-30b-a3b.gguf\n          tierwise export placement.json --to sglang -o experts.json"
+    )]
+    Export(crate::cmd::export::ExportArgs),
     /// Say why each expert of a plan is where it is.
     #[command(after_help = "Example:  tierwise explain plan.json")]
     Explain(ExplainArgs),
@@ -61,6 +73,11 @@ pub enum Command {
     /// Generate text.
     #[command(after_help = "Example:  tierwise run model.gguf -p \"ROMEO:\" -n 64 --report")]
     Run(RunArgs),
+    /// Change the budget of host memory of a run that goes on, or look at it.
+    #[command(
+        after_help = "Example:  tierwise run model.gguf -p hello -n 2000 --ram 8G --control /tmp/tw.sock &\n          tierwise control /tmp/tw.sock ram 4G; tierwise control /tmp/tw.sock wait\n          echo status | nc -U /tmp/tw.sock\n\nSlots come and go in stages between the layers of a step; the tokens stay the same. A budget too small for the run is refused with\nthe smallest that works, and one larger than the machine with what it has; the run then goes on as it was."
+    )]
+    Control(crate::cmd::control::ControlArgs),
     /// Compare a plan with reality: load and compute as `run` would, then look at slots, bytes and memory. Or replay a recorded run.
     #[command(
         after_help = "Example:  tierwise verify plan.json model.gguf\n          tierwise run model.gguf -p hello --ram 2GiB --record run.rec; tierwise verify --replay run.rec model.gguf"
@@ -69,6 +86,11 @@ pub enum Command {
     /// Measure prefill and decode speed beside the machine's limit.
     #[command(after_help = "Example:  tierwise bench model.gguf -p 512 -n 64 -r 5")]
     Bench(BenchArgs),
+    /// Run with experts spread over several ranks, under one policy of expert parallelism or all: balance, bytes, weights that moved.
+    #[command(
+        after_help = "Example:  tierwise parallel model.gguf --ranks 4 --tokens 256 --check\n          mpirun -n 4 tierwise parallel model.gguf --routing routing.twtrace --policy ep,llep,tierwise   (built with --features mpi)"
+    )]
+    Parallel(Box<crate::cmd::parallel::ParallelArgs>),
     /// Print raw logits of all positions, for comparison with other engines.
     #[command(after_help = "Example:  echo 1 2 3 | tierwise logits model.gguf --tokens - --json --routing")]
     Logits(LogitsArgs),
@@ -181,6 +203,9 @@ pub struct PlanningArgs {
     /// Host memory to page-lock at most: staging buffers, and experts that are copied to a GPU. [default: no limit]
     #[arg(long, value_name = "SIZE")]
     pub pinned: Option<Bytes>,
+    /// No cache slots: every expert is computed where it lies. What llama.cpp, kTransformers and mistral.rs can do; use it before `export`.
+    #[arg(long)]
+    pub no_cache: bool,
     /// How to search.
     #[arg(long, value_enum, default_value_t = SolverArg::Auto)]
     pub solver: SolverArg,
@@ -231,6 +256,9 @@ pub struct PlanArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub engine: crate::engine_flags::EngineFlags,
+    /// Keep every expert on disk and in slots, none pinned in memory, so that --ram may change while a run follows the plan (run --control).
+    #[arg(long, conflicts_with_all = ["trace", "solver"])]
+    pub elastic: bool,
     /// Also say what one more GiB of each memory and one more GB/s of each link would bring.
     #[arg(long)]
     pub marginal: bool,
@@ -266,15 +294,22 @@ pub struct ExecArgs {
     /// Host memory to use at most; experts beyond it are read from disk when they are needed.
     #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
     pub ram: Option<Bytes>,
-    /// GPU memory to use at most. No GPU executes models in this version: it is noted that the budget is not used.
+    /// GPU memory to use at most, everything included but the driver's own context; 0B leaves the GPU out. [default: what is free]
     #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
     pub vram: Option<Bytes>,
+    /// CXL memory to use at most.
+    #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
+    pub cxl: Option<Bytes>,
     /// Format of cached keys and values.
     #[arg(long, value_name = "FORMAT", default_value_t = QuantFormat::F16, conflicts_with = "plan")]
     pub kv: QuantFormat,
-    /// Where to execute.
+    /// Where to execute: a GPU through CUDA or WGSL (Vulkan) with the CPU beside it, or the CPU alone. auto takes the best there is.
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
+    /// Plan and predict by this description of a machine (a name or a file) instead of a probe of this one; its GPU stands for the device.
+    /// With --plan: predict by it. A probe takes long where the machine is slow, in emulation above all.
+    #[arg(long, value_name = "MACHINE")]
+    pub machine: Option<String>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub engine: crate::engine_flags::EngineFlags,
@@ -284,9 +319,39 @@ pub struct ExecArgs {
     /// Reads of experts on disk leave copies in the system's page cache, or bypass it. [default: bypass if the file system can]
     #[arg(long, value_enum)]
     pub page_cache: Option<PageCacheArg>,
-    /// Kernels of this instruction set only, for comparisons: scalar, avx2, avx512 or amx. [default: the fastest the CPU has]
+    /// How weights in host memory come from their file: mapped and read when first touched, mapped and read at once, or copied into huge
+    /// pages that the system finds (huge) or that the administrator has set aside (hugetlb). Without memory nodes in the plan, all but map
+    /// need all experts in memory.
+    #[arg(long, value_enum, default_value_t = WeightsArg::Map)]
+    pub weights: WeightsArg,
+    /// Hold experts of a memory of the plan back to a rate, to stand in for slow memory that is not there: `cxl0=5GB/s`; may be repeated.
+    /// Predictions are for a machine as slow. Loads from it are held back and reads by the CPU in it; other weights, keys and values are not,
+    /// so it cannot be the memory that holds them.
+    #[arg(long, value_name = "MEMORY=RATE", value_parser = throttle)]
+    pub throttle: Vec<Throttle>,
+    /// Kernels of this instruction set only, for comparisons: scalar, avx2, avxvnni, avx512 or amx. [default: the fastest the CPU has]
     #[arg(long, value_name = "NAME")]
     pub isa: Option<String>,
+}
+
+/// `cxl0=5GB/s`.
+fn throttle(text: &str) -> Result<Throttle, String> {
+    let (memory, rate) = text.split_once('=').ok_or("expected a memory and a rate, such as cxl0=5GB/s")?;
+    let rate = rate.trim().parse::<BytesPerS>().map_err(|e| e.to_string())?;
+    if rate.0 < 1.0 {
+        return Err(format!("{rate}: expected at least 1 B/s"));
+    }
+    Ok(Throttle { memory: memory.trim().to_string(), rate })
+}
+
+/// How weights come into host memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum WeightsArg {
+    Map,
+    Prefault,
+    Huge,
+    Hugetlb,
 }
 
 /// How experts on disk are read.
@@ -314,6 +379,22 @@ pub enum DeviceArg {
     Cpu,
     Wgpu,
     Cuda,
+    /// Plain loops: to test the rest.
+    #[value(hide = true)]
+    Reference,
+}
+
+impl DeviceArg {
+    /// What back-ends are asked for.
+    pub const fn choice(self) -> Choice {
+        match self {
+            Self::Auto => Choice::Auto,
+            Self::Cpu => Choice::Cpu,
+            Self::Wgpu => Choice::Wgpu,
+            Self::Cuda => Choice::Cuda,
+            Self::Reference => Choice::Reference,
+        }
+    }
 }
 
 /// How the next token is chosen.
@@ -381,9 +462,16 @@ pub struct RunArgs {
     /// Add predicted, measured and limit at the end.
     #[arg(long)]
     pub report: bool,
+    /// Before the first token, look on which memory nodes the weights lie; end with an error if it is not as planned.
+    #[arg(long)]
+    pub verify: bool,
     /// Write what the engine was told and what it decided to this file, for `verify --replay`; written on failure too.
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
+    /// Make a Unix socket here that takes `ram SIZE`, `status` and `wait`, a line each, and answers each with a line of JSON: --ram then
+    /// changes while the run goes on (see `control`). Experts are planned as `plan --elastic` does.
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
 }
 
 /// `bench`
@@ -401,12 +489,18 @@ pub struct BenchArgs {
     /// Tokens already in the cache before each test.
     #[arg(long, short, value_name = "N", default_value_t = 0)]
     pub depth: usize,
+    /// Sequences computed together, separated by commas; speeds are those of all together. Above 1 on the CPU only.
+    #[arg(long, short = 'b', value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub batch: Vec<u32>,
     /// Repetitions.
     #[arg(long, short, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub repetitions: u32,
     /// Replace the routers' choices by those of this routing trace (NAME.meta.json), to measure random weights under real routing.
     #[arg(long, value_name = "TRACE")]
     pub routing: Option<PathBuf>,
+    /// Make a Unix socket here that changes --ram while the bench goes on, as `run --control` does.
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
 }
 
 /// `logits`

@@ -4,9 +4,11 @@
 
 mod args;
 mod cmd;
+mod control;
 mod engine_flags;
 mod loaded;
 mod model;
+mod place;
 mod report;
 mod ui;
 

@@ -6,6 +6,7 @@ use tierwise_cost::machine::Machine;
 use tierwise_cost::model::ModelSpec;
 use tierwise_cost::recipe::Recipe;
 use tierwise_planner::Workload;
+use tierwise_runtime::backend::OpenOptions;
 use tierwise_runtime::import::ModelSource;
 use tierwise_runtime::import::configs::{self, Kind};
 use tierwise_runtime::probe::{ProbeOptions, probe_machine};
@@ -88,6 +89,18 @@ fn calibrated_file() -> Option<PathBuf> {
     cache_dir().map(|d| d.join("machine.toml"))
 }
 
+/// What back-ends may need: a folder of compiled CUDA kernels (`TIERWISE_CUDA_KERNELS`) or of NVIDIA's run-time compiler
+/// (`TIERWISE_NVRTC_DIR`), where the system does not have it; kernels compiled here are kept in the cache.
+pub fn device_options() -> OpenOptions {
+    let folder = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    OpenOptions {
+        cuda_kernels: folder("TIERWISE_CUDA_KERNELS"),
+        cuda_cache: cache_dir().map(|d| d.join("kernels")),
+        nvrtc: folder("TIERWISE_NVRTC_DIR"),
+        ..OpenOptions::default()
+    }
+}
+
 /// `~/.cache/tierwise`, or where `XDG_CACHE_HOME` says.
 pub fn cache_dir() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME")
@@ -95,6 +108,11 @@ pub fn cache_dir() -> Option<PathBuf> {
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
     Some(base.join("tierwise"))
+}
+
+/// Processes that a launcher of MPI jobs started together with this one, if one did (Open MPI; MPICH and its kin).
+pub fn launched_ranks() -> Option<usize> {
+    ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].into_iter().find_map(|name| std::env::var(name).ok()?.parse().ok())
 }
 
 /// The text of a study by file or name, and where it is from.

@@ -54,6 +54,22 @@ fn what_it_writes_is_what_plans_and_runs_use() {
     assert!(other["cost_model"].as_str().is_some_and(|w| w.starts_with("roofline")), "{}", other["cost_model"]);
 }
 
+/// The reference device stands for a GPU.
+#[test]
+fn a_device_is_measured_beside_the_cpu() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let folder = dir.path().display().to_string();
+    let machine = json(dir.path(), &["calibrate", "--tiny", "--folder", &folder, "--device", "reference", "--vram", "64MiB"]);
+    let gpu = machine["processor"].as_array().expect("a list").iter().find(|p| p["id"] == "gpu0").expect("measured");
+    assert!(gpu["name"].as_str().is_some_and(|n| n.contains("reference")), "{gpu}");
+    let links = machine["link"].as_array().expect("a list");
+    assert!(links.iter().any(|l| l["to"] == "vram0") && links.iter().any(|l| l["from"] == "vram0"), "{links:?}");
+    let notes = machine["calibration"]["notes"].as_array().expect("a list");
+    assert!(notes.iter().any(|n| n.as_str().is_some_and(|n| n.contains("measured through reference"))), "{notes:?}");
+    let plan = json(dir.path(), &["plan", TINY]);
+    assert!(plan["machine_origin"].as_str().is_some_and(|o| o.contains("calibrated in")), "{}", plan["machine_origin"]);
+}
+
 #[test]
 fn the_file_is_whole_or_absent() {
     let dir = tempfile::tempdir().expect("a temporary folder");
@@ -72,15 +88,13 @@ fn the_file_is_whole_or_absent() {
     );
     assert!(!Path::new(&out).exists());
 
-    let text = tierwise(dir.path(), &["calibrate", "--tiny", "--folder", &dir.path().display().to_string(), "-o", &out])
-        .assert()
-        .success()
-        .get_output()
-        .stdout
-        .clone();
+    let folder = dir.path().display().to_string();
+    let args = ["calibrate", "--tiny", "--device", "cpu", "--folder", &folder, "-o", &out];
+    let text = tierwise(dir.path(), &args).assert().success().get_output().stdout.clone();
     let text = String::from_utf8_lossy(&text).into_owned();
-    for words in ["reading memory", "Q4_K experts", "attention", "repeat:", "no GPU found"] {
-        assert!(text.contains(words) || words == "no GPU found" && text.contains("not measured"), "{words}: {text}");
+    // Of GPUs: that there is none, or that it was not measured.
+    for words in ["reading memory", "Q4_K experts", "attention", "repeat:", "not measured"] {
+        assert!(text.contains(words), "{words}: {text}");
     }
     // A broken file is refused by name and field.
     let broken = std::fs::read_to_string(&out).expect("written").replacen("runs = 5", "runs = 0", 1);

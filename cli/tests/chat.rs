@@ -88,11 +88,22 @@ fn a_full_context_says_what_to_do() {
 #[cfg(unix)]
 #[test]
 fn an_interrupt_stops_the_answer_and_not_the_program() {
+    // Only the interrupt ends the first answer, unless it comes after as many tokens as the model's context has: on a busy machine it may.
+    let stopped = (0..10).any(|_| {
+        let notes = interrupted();
+        assert!(notes.contains("/reset"), "{notes}");
+        notes.contains("(stopped)")
+    });
+    assert!(stopped, "ten answers were over before the interrupt came");
+}
+
+/// What is noted while an answer is interrupted, then asked for help.
+#[cfg(unix)]
+fn interrupted() -> String {
     use std::io::{Read, Write};
     use std::process::{Command, Stdio};
     let mut child = Command::new(assert_cmd::cargo::cargo_bin!("tierwise"))
         .env("XDG_CACHE_HOME", std::env::temp_dir().join("tierwise-cli-tests"))
-        // Without an end of its own: only the interrupt ends the first answer.
         .args(["run", TINY, "--chat", "--chatml", "--ignore-eos", "-n", "1000000", "--context", "1024", "--temp", "0"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -105,11 +116,8 @@ fn an_interrupt_stops_the_answer_and_not_the_program() {
     // Text comes, so the answer is under way.
     let mut first = [0; 1];
     stdout.read_exact(&mut first).expect("the answer begins");
-    let interrupt = || {
-        let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
-        assert!(sent.success());
-    };
-    interrupt();
+    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    assert!(sent.success());
     stdin.write_all(b"/help\n/exit\n").expect("the program still reads");
     drop(stdin);
     let drain = std::thread::spawn(move || {
@@ -118,7 +126,7 @@ fn an_interrupt_stops_the_answer_and_not_the_program() {
     });
     let out = child.wait_with_output().expect("it ends");
     drain.join().expect("joined").expect("read");
-    let notes = String::from_utf8_lossy(&out.stderr);
+    let notes = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(out.status.success(), "{:?}: {notes}", out.status);
-    assert!(notes.contains("(stopped)") && notes.contains("/reset"), "{notes}");
+    notes
 }

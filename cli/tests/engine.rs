@@ -1,5 +1,8 @@
 //! Flags of the engine and exact `--ram` budgets, as a user meets them.
 
+#[path = "common/machine.rs"]
+mod machine;
+
 use assert_cmd::Command;
 use serde_json::Value;
 
@@ -75,39 +78,8 @@ fn plans_take_the_flags_and_files_keep_them() {
 /// A machine of 4 GiB, as a container shows itself: the reserve of 2 GiB counts only when nobody says what may be used.
 #[test]
 fn an_explicit_ram_limit_is_the_budget() {
-    let machine = r#"
-        name = "container"
-        [[memory]]
-        id = "dram0"
-        kind = "dram"
-        capacity = { value = "4 GiB", source = "prior" }
-        read_bandwidth = { value = "50 GB/s", source = "prior" }
-        latency = { value = "100 ns", source = "prior" }
-        [[memory]]
-        id = "disk0"
-        kind = "disk"
-        capacity = { value = "1 TB", source = "prior" }
-        read_bandwidth = { value = "3 GB/s", source = "prior" }
-        latency = { value = "80 us", source = "prior" }
-        [[processor]]
-        id = "cpu0"
-        kind = "cpu"
-        name = "test"
-        cores = 2
-        threads = 2
-        computes_from = ["dram0"]
-        f32_flops = { value = "100 GFLOP/s", source = "prior" }
-        launch_latency = { value = "5 us", source = "prior" }
-        [[link]]
-        from = "disk0"
-        to = "dram0"
-        bandwidth = { value = "3 GB/s", source = "prior" }
-        latency = { value = "80 us", source = "prior" }
-    "#;
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let file = folder.path().join("container.toml");
-    std::fs::write(&file, machine).expect("written");
-    let file = file.to_str().expect("UTF-8");
+    let file = &machine::with_disk(folder.path(), "4 GiB", "50 GB/s", "1 TB");
     let plan = |ram: &[&str]| {
         let mut args = vec!["plan", "olmoe-1b-7b", "--machine", file, "--context", "512"];
         args.extend(ram);

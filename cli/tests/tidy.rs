@@ -54,8 +54,13 @@ fn the_sans_io_crates_have_no_clock_file_or_thread() {
 
 #[test]
 fn unsafe_code_stays_in_the_listed_files() {
-    const LISTED: &[&str] =
-        &["runtime/src/kernels/", "runtime/src/gguf/map.rs", "runtime/src/backend/cuda.rs", "runtime/src/exec/loader/uring.rs"];
+    const LISTED: &[&str] = &[
+        "runtime/src/kernels/",
+        "runtime/src/gguf/map.rs",
+        "runtime/src/backend/cuda/",
+        "runtime/src/exec/loader/uring.rs",
+        "runtime/src/memory/numa.rs",
+    ];
     for (path, text) in sources() {
         let has_unsafe = text.lines().any(|l| {
             let code = l.split("//").next().unwrap_or_default();

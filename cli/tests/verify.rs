@@ -113,3 +113,74 @@ fn plans_that_do_not_fit_are_refused() {
     assert!(error(&["verify", str(&plan), TINY, "--ram", "9MiB"]).contains("the plan's"));
     assert!(error(&["verify", str(&folder.path().join("absent.json")), TINY]).contains("absent.json"));
 }
+
+/// A machine file with main and CXL memory on a node that this machine has.
+fn two_tiers(folder: &Path, node: u64, cxl_node: u64) -> String {
+    let memory = |id: &str, kind: &str, node: u64| {
+        format!(
+            "[[memory]]\nid = \"{id}\"\nkind = \"{kind}\"\ncapacity = {{ value = \"1 GiB\", source = \"prior\" }}\n\
+             read_bandwidth = {{ value = \"10 GB/s\", source = \"prior\" }}\nlatency = {{ value = \"100 ns\", source = \"prior\" }}\n\
+             numa_nodes = [{node}]\n"
+        )
+    };
+    let text = format!(
+        "name = \"two tiers\"\n{}{}[[processor]]\nid = \"cpu0\"\nkind = \"cpu\"\nname = \"test\"\ncores = 2\nthreads = 2\n\
+         computes_from = [\"dram0\", \"cxl0\"]\nf32_flops = {{ value = \"100 GFLOP/s\", source = \"prior\" }}\n\
+         launch_latency = {{ value = \"5 us\", source = \"prior\" }}\n[[link]]\nfrom = \"cxl0\"\nto = \"dram0\"\n\
+         bandwidth = {{ value = \"5 GB/s\", source = \"prior\" }}\nlatency = {{ value = \"300 ns\", source = \"prior\" }}\n",
+        memory("dram0", "dram", node),
+        memory("cxl0", "cxl", cxl_node)
+    );
+    let path = folder.join(format!("tiers-{node}-{cxl_node}.toml"));
+    std::fs::write(&path, text).expect("written");
+    str(&path).to_string()
+}
+
+#[test]
+fn experts_lie_on_the_nodes_that_the_plan_names() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let doctor = json(&["doctor"]);
+    let nodes = doctor["nodes"]["nodes"].as_array().expect("nodes");
+    let Some(node) = nodes.iter().find(|n| n["allowed"] == true && n["total"] != "0 B").and_then(|n| n["number"].as_u64()) else {
+        return println!("skipped: no node is readable here: {doctor}");
+    };
+    let machine = two_tiers(folder.path(), node, node);
+    let budgets = ["--machine", &machine, "--ram", RAM, "--cxl", "64MiB", "--device", "cpu"];
+    let with = |args: &[&'static str]| args.iter().copied().chain(budgets).map(str::to_string).collect::<Vec<_>>();
+    let args = with(RUN);
+    let args: Vec<&str> = args.iter().map(String::as_str).chain(["--verify"]).collect();
+    let run = tierwise(&args).output().expect("it ran");
+    let notes = String::from_utf8_lossy(&run.stderr).into_owned();
+    if notes.contains("refused") {
+        return println!("skipped: {notes}");
+    }
+    assert!(run.status.success() && notes.contains("experts placed") && notes.contains("cxl0"), "{notes}");
+    assert_eq!(json(&args)["text"], json(RUN)["text"], "where bytes lie changes no text");
+    let args = with(&["verify", TINY, "--context", "128"]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let out = json(&args);
+    assert_eq!(out["ok"], true, "{out}");
+    let rows = out["tiers"].as_array().expect("rows");
+    for memory in ["dram0", "cxl0"] {
+        let row = rows.iter().find(|r| r["memory"] == memory && r["what"] == "resident experts").expect("a row");
+        assert_eq!(row["there"], row["planned"], "{row}");
+        assert_eq!((&row["elsewhere"], &row["absent"]), (&Value::from("0 B"), &Value::from("0 B")), "{row}");
+    }
+    // A node that is not there: an error before anything is loaded, with those that are.
+    let wrong = two_tiers(folder.path(), node, 999);
+    let mut args = RUN.to_vec();
+    args.extend(["--machine", &wrong, "--ram", RAM, "--cxl", "64MiB", "--device", "cpu"]);
+    let message = error(&args);
+    assert!(message.contains("cxl0 on node 999") && message.contains(&format!("node {node} (")), "{message}");
+}
+
+#[test]
+fn what_lies_in_the_map_is_looked_at_too() {
+    let out = json(&["verify", TINY, "--context", "128", "--device", "cpu"]);
+    let rows = out["tiers"].as_array().expect("rows");
+    let row = rows.iter().find(|r| r["memory"] == "dram0" && r["what"] == "resident experts").expect("a row");
+    assert!(row["nodes"].as_array().is_some_and(Vec::is_empty) && row["ok"] == true, "{row}");
+    let out =
+        tierwise(&["run", TINY, "-p", "x", "-n", "1", "--context", "64", "--verify"]).assert().success().get_output().clone();
+    assert!(String::from_utf8_lossy(&out.stderr).contains("elsewhere"), "the table is a note");
+}

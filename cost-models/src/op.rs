@@ -4,7 +4,9 @@
 //! Operations name tensors by [`TensorId`] and activations by [`Slot`]; shapes follow from the batch.
 
 use crate::error::CostError;
-use crate::model::{Attention, Ffn, Gqa, Mla, ModelSpec, Moe, NormKind, QkNorm, Rope, Temperature, TensorId, TensorRole};
+use crate::model::{
+    Attention, DeltaNet, Ffn, Gqa, Mla, ModelSpec, Moe, NormKind, QkNorm, Rope, Temperature, TensorId, TensorRole,
+};
 
 /// What one step computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +58,22 @@ pub enum Slot {
     QLatentNormed,
     /// Compressed keys and values of the new tokens with the key that is rotated: `[tokens, kv_lora_rank + qk_rope_head_dim]`.
     KvLatent,
+    /// What gates attention's result: `[tokens, num_heads * head_dim]`.
+    Gate,
+    /// Beta's projection in a gated delta rule, alone or with the decay's: `[tokens, num_value_heads]` or twice that.
+    Beta,
+    /// The decay's, where it is apart: `[tokens, num_value_heads]`.
+    Alpha,
+}
+
+impl Slot {
+    /// How many there are.
+    pub const COUNT: usize = Self::Alpha as usize + 1;
+
+    /// Its number, from 0, in the order above.
+    pub const fn index(self) -> usize {
+        self as usize
+    }
 }
 
 /// One operation of a step.
@@ -154,6 +172,27 @@ pub enum OpKind {
         /// Latent to values: `[num_heads, v_head_dim, kv_lora_rank]`.
         v_b: TensorId,
     },
+    /// Takes [`Slot::Q`] apart: of every head `[2, head_dim]` the queries stay, the others go to [`Slot::Gate`].
+    SplitGate {
+        /// Width of one head.
+        head_dim: u32,
+    },
+    /// `Attended *= sigmoid(Gate)`.
+    GateAttended,
+    /// Gated delta rule over [`Slot::Q`] (queries, keys and values), [`Slot::Beta`] and [`Slot::Alpha`], gated by [`Slot::Gate`], to
+    /// [`Slot::Attended`]. Goes on from the layer's states and leaves them after the last token.
+    DeltaRule {
+        /// Sizes.
+        delta: DeltaNet,
+        /// `[channels, conv_kernel]`.
+        conv: TensorId,
+        /// `[num_value_heads]`.
+        dt_bias: TensorId,
+        /// `[num_value_heads]`.
+        decay: TensorId,
+        /// `[value_head_dim]`.
+        norm: TensorId,
+    },
     /// `Hidden += factor * Delta`.
     AddDelta {
         /// The factor, 1 in most models.
@@ -180,6 +219,8 @@ pub enum OpKind {
         selection_bias: Option<TensorId>,
         /// The rule.
         moe: Moe,
+        /// Which of the layer's routers it is: its rows follow those of the ones before.
+        iteration: u32,
     },
     /// Weighted sum of the chosen experts' outputs on [`Slot::Normed`] into [`Slot::Delta`].
     RoutedExperts {
@@ -207,6 +248,10 @@ pub enum OpKind {
         /// Add to [`Slot::Delta`] instead of overwriting it (shared experts beside routed ones).
         accumulate: bool,
     },
+    /// `Delta += Normed`: an iteration of experts adds to its input.
+    InnerResidual,
+    /// `Normed = Delta`: the next iteration works on the result.
+    NextIteration,
     /// Keeps the rows of [`Slot::Hidden`] whose logits are wanted.
     SelectRows,
 }
@@ -251,6 +296,7 @@ pub fn lower(spec: &ModelSpec, batch: Batch) -> Result<Vec<Op>, CostError> {
         match &layer.attention {
             Attention::Gqa(a) => lower_gqa(a, &|role| get(l, role), &mut |kind| push(l, kind))?,
             Attention::Mla(a) => lower_mla(a, &|role| get(l, role), &mut |kind| push(l, kind))?,
+            Attention::DeltaNet(a) => lower_delta(a, &|role| get(l, role), &mut |kind| push(l, kind))?,
             Attention::PlanOnly(_) => return Err(refuse("an attention kind without execution".into())),
         }
         let output_bias = matches!(&layer.attention, Attention::Gqa(a) if a.output_bias);
@@ -280,40 +326,7 @@ pub fn lower(spec: &ModelSpec, batch: Batch) -> Result<Vec<Op>, CostError> {
                     accumulate: false,
                 },
             ),
-            Ffn::Moe(m) => {
-                let bias = optional(m.router.bias, l, TensorRole::RouterLogitBias)?;
-                let selection_bias = optional(m.router.selection_bias, l, TensorRole::RouterBias)?;
-                push(l, OpKind::Route { weight: get(l, TensorRole::Router)?, bias, selection_bias, moe: m.clone() });
-                let biases = if m.expert_bias {
-                    let of = |role| get(l, role);
-                    Some([of(TensorRole::ExpertGateBias)?, of(TensorRole::ExpertUpBias)?, of(TensorRole::ExpertDownBias)?])
-                } else {
-                    None
-                };
-                push(
-                    l,
-                    OpKind::RoutedExperts {
-                        gate: get(l, TensorRole::ExpertGate)?,
-                        up: get(l, TensorRole::ExpertUp)?,
-                        down: get(l, TensorRole::ExpertDown)?,
-                        biases,
-                        moe: m.clone(),
-                    },
-                );
-                if let Some(shared) = &m.shared {
-                    let sigmoid_gate = optional(shared.sigmoid_gate, l, TensorRole::SharedRouter)?;
-                    push(
-                        l,
-                        OpKind::Ffn {
-                            gate: get(l, TensorRole::SharedGate)?,
-                            up: get(l, TensorRole::SharedUp)?,
-                            down: get(l, TensorRole::SharedDown)?,
-                            sigmoid_gate,
-                            accumulate: true,
-                        },
-                    );
-                }
-            }
+            Ffn::Moe(m) => lower_moe(m, &|role| get(l, role), &mut |kind| push(l, kind))?,
             Ffn::None => return Err(refuse("a layer without feed-forward part".into())),
         }
         push(l, OpKind::AddDelta { factor: scales.residual });
@@ -323,6 +336,45 @@ pub fn lower(spec: &ModelSpec, batch: Batch) -> Result<Vec<Op>, CostError> {
     let bias = optional(spec.output_bias, None, TensorRole::OutputBias)?;
     push(None, OpKind::Logits { weight, bias, factor: scales.logits, softcap: scales.logits_softcap });
     Ok(ops)
+}
+
+/// Routers, experts and shared experts, as often as the layer applies them, on [`Slot::Normed`] into [`Slot::Delta`].
+fn lower_moe(
+    m: &Moe,
+    get: &dyn Fn(TensorRole) -> Result<TensorId, CostError>,
+    push: &mut dyn FnMut(OpKind),
+) -> Result<(), CostError> {
+    use TensorRole as R;
+    let optional = |wanted: bool, role| if wanted { get(role).map(Some) } else { Ok(None) };
+    let biases =
+        if m.expert_bias { Some([get(R::ExpertGateBias)?, get(R::ExpertUpBias)?, get(R::ExpertDownBias)?]) } else { None };
+    for iteration in 0..m.iterations {
+        if iteration > 0 {
+            push(OpKind::NextIteration);
+        }
+        push(OpKind::Route {
+            weight: get(R::Router)?,
+            bias: optional(m.router.bias, R::RouterLogitBias)?,
+            selection_bias: optional(m.router.selection_bias, R::RouterBias)?,
+            moe: m.clone(),
+            iteration,
+        });
+        let [gate, up, down] = [get(R::ExpertGate)?, get(R::ExpertUp)?, get(R::ExpertDown)?];
+        push(OpKind::RoutedExperts { gate, up, down, biases, moe: m.clone() });
+        if let Some(shared) = &m.shared {
+            push(OpKind::Ffn {
+                gate: get(R::SharedGate)?,
+                up: get(R::SharedUp)?,
+                down: get(R::SharedDown)?,
+                sigmoid_gate: optional(shared.sigmoid_gate, R::SharedRouter)?,
+                accumulate: true,
+            });
+        }
+        if m.inner_residual {
+            push(OpKind::InnerResidual);
+        }
+    }
+    Ok(())
 }
 
 /// Projections, norms, rotation and attention of a grouped-query layer, up to [`Slot::Attended`].
@@ -340,6 +392,9 @@ fn lower_gqa(
     for (weight, bias, output) in projections {
         let bias = optional(a.qkv_bias, bias)?;
         push(OpKind::MatMul { weight: get(weight)?, bias, input: Slot::Normed, output });
+    }
+    if a.output_gate {
+        push(OpKind::SplitGate { head_dim: a.head_dim });
     }
     for (role, slot) in [(TensorRole::AttentionQNorm, Slot::Q), (TensorRole::AttentionKNorm, Slot::K)] {
         let mut stages = Vec::with_capacity(2);
@@ -359,6 +414,34 @@ fn lower_gqa(
         push(OpKind::Temper(temperature));
     }
     push(OpKind::Attention { gqa: a.clone(), sinks: optional(a.sinks, TensorRole::AttentionSinks)? });
+    if a.output_gate {
+        push(OpKind::GateAttended);
+    }
+    Ok(())
+}
+
+/// Projections and states of a gated delta rule, up to [`Slot::Attended`].
+fn lower_delta(
+    a: &DeltaNet,
+    get: &dyn Fn(TensorRole) -> Result<TensorId, CostError>,
+    push: &mut dyn FnMut(OpKind),
+) -> Result<(), CostError> {
+    use TensorRole as R;
+    let mut project = |role, output| {
+        push(OpKind::MatMul { weight: get(role)?, bias: None, input: Slot::Normed, output });
+        Ok::<_, CostError>(())
+    };
+    project(R::DeltaQkv, Slot::Q)?;
+    project(R::DeltaGate, Slot::Gate)?;
+    if a.fused_gates {
+        project(R::DeltaBetaAlpha, Slot::Beta)?;
+    } else {
+        project(R::DeltaBeta, Slot::Beta)?;
+        project(R::DeltaAlpha, Slot::Alpha)?;
+    }
+    let (conv, dt_bias) = (get(R::DeltaConv)?, get(R::DeltaDtBias)?);
+    let (decay, norm) = (get(R::DeltaDecay)?, get(R::DeltaNorm)?);
+    push(OpKind::DeltaRule { delta: a.clone(), conv, dt_bias, decay, norm });
     Ok(())
 }
 

@@ -77,7 +77,7 @@ impl Recipe {
     /// The format that the mix intends for tensor `t`, whether or not its rows are whole blocks.
     pub fn wanted_format(&self, g: &Geometry, t: &TensorShape) -> QuantFormat {
         // Vectors and routers are small and sensitive: always float32, as every converter does.
-        if t.shape.len() < 2 || t.role.group() == RoleGroup::Router {
+        if t.shape.len() < 2 || t.role.is_elementwise() || t.role.group() == RoleGroup::Router {
             return QuantFormat::F32;
         }
         match self.mix {

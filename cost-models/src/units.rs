@@ -71,6 +71,9 @@ impl std::str::FromStr for Bytes {
     fn from_str(s: &str) -> Result<Self, CostError> {
         // llama.cpp-style short forms ("24G", "512M") mean binary units, as users of these tools write them.
         let t = s.trim();
+        if t == "0" {
+            return Ok(Self(0));
+        }
         let long = match t.char_indices().last() {
             Some((i, c)) if "KMGT".contains(c.to_ascii_uppercase()) && i > 0 => {
                 format!("{}{}iB", &t[..i], c.to_ascii_uppercase())

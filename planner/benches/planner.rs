@@ -142,6 +142,7 @@ fn whole_engine(c: &mut Criterion) {
                         }
                         Action::Compute { layer, wave, .. } => Input::Computed { layer, wave },
                         Action::Abort { reason } => panic!("{reason}"),
+                        Action::Allocate { .. } | Action::Release { .. } => unreachable!("nobody asks for another size"),
                         Action::Evict { .. } | Action::Finish { .. } => continue,
                     };
                     engine.handle(now, input);

@@ -85,7 +85,10 @@ pub fn activations(spec: &ModelSpec, request: &Request) -> Bytes {
     let (mut widest_mixer, mut scores, mut widest_ffn) = (0, 0, 0);
     for layer in &spec.layers {
         let (mixer, heads) = match &layer.attention {
-            Attention::Gqa(a) => (2 * u64::from(a.head_dim) * u64::from(a.num_heads + a.num_kv_heads), u64::from(a.num_heads)),
+            Attention::Gqa(a) => {
+                let gate = if a.output_gate { 2 * u64::from(a.num_heads) } else { 0 };
+                (u64::from(a.head_dim) * (2 * u64::from(a.num_heads + a.num_kv_heads) + gate), u64::from(a.num_heads))
+            }
             Attention::Mla(a) => {
                 // Queries and results per token; in the latent space they are wider, and few tokens are there at a time.
                 let heads = u64::from(a.num_heads);
@@ -93,6 +96,8 @@ pub fn activations(spec: &ModelSpec, request: &Request) -> Bytes {
                 scores = scores.max(64 * heads * u64::from(4 * a.kv_lora_rank + a.qk_rope_head_dim));
                 (narrow + u64::from(a.kv_lora_rank + a.qk_rope_head_dim), heads)
             }
+            // Inputs of the convolution and its result, gate and result.
+            Attention::DeltaNet(a) => (2 * u64::from(a.channels()) + 3 * u64::from(a.value_dim()), 0),
             Attention::PlanOnly(m) => (2 * hidden + m.kv_elements_per_token, 64),
         };
         widest_mixer = mixer.max(widest_mixer);
@@ -126,7 +131,14 @@ pub fn complete(memory: &Memory, capacity: Bytes, uses: &[(&str, Bytes)]) -> Opt
             lines.push(BudgetLine { name: (*name).to_string(), bytes });
         }
     }
-    Some(MemoryBudget { memory: memory.id.clone(), kind: memory.kind, capacity, lines, page_locked: Bytes::ZERO })
+    Some(MemoryBudget {
+        memory: memory.id.clone(),
+        kind: memory.kind,
+        capacity,
+        lines,
+        page_locked: Bytes::ZERO,
+        numa_nodes: memory.numa_nodes.clone(),
+    })
 }
 
 impl MemoryBudget {

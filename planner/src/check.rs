@@ -6,7 +6,7 @@
 use crate::budget;
 use crate::engine::{ExecutorId, TierId};
 use crate::error::PlanError;
-use crate::plan::{CachePartition, Interval, PLAN_VERSION, Plan, PlanLayer, PrefetchKind, Tier};
+use crate::plan::{CachePartition, Interval, PLAN_VERSION, PREFILL_STREAMED, Plan, PlanLayer, PrefetchKind, Tier};
 use std::collections::HashSet;
 use tierwise_cost::machine::{Machine, MemoryKind, ProcessorKind};
 use tierwise_cost::model::ModelSpec;
@@ -299,6 +299,9 @@ fn check_budgets(plan: &Plan, spec: &ModelSpec, machine: Option<&Machine>) -> Re
         if b.kind != memory.kind || b.capacity != allowed {
             return bad(at("capacity"), format!("{} {}", b.kind.name(), b.capacity), format!("{} {allowed}", memory.kind.name()));
         }
+        if b.numa_nodes != memory.numa_nodes {
+            return bad(at("numa_nodes"), format!("{:?}", b.numa_nodes), format!("{:?}, as the machine has", memory.numa_nodes));
+        }
     }
     check_page_locked(plan)?;
     // What the lines must hold follows from the placement, the model and the request.
@@ -437,11 +440,27 @@ impl CheckedPlan {
     /// the plan has one.
     pub fn pools(&self) -> Vec<Pool> {
         let mut pools = self.cache_pools();
-        if self.plan.engine.staging_slots > 0 {
-            let largest = self.plan.layers.iter().filter(|l| l.slots > 0).map(|l| l.expert_bytes).max().unwrap_or_default();
-            pools.push(Pool { slots: self.plan.engine.staging_slots, slot_bytes: largest });
+        let (slots, streams) = (self.staging_slots(), self.streaming_slots() > 0);
+        if slots > 0 {
+            let users = self.plan.layers.iter().filter(|l| streams || l.slots > 0);
+            pools.push(Pool { slots, slot_bytes: users.map(|l| l.expert_bytes).max().unwrap_or_default() });
         }
         pools
+    }
+
+    /// Slots in the main processor's memory through which prompts stream experts that are planned elsewhere: what the budget stages, where
+    /// the plan says that prompts are streamed; else 0.
+    pub fn streaming_slots(&self) -> u32 {
+        let plan = &self.plan;
+        let main = plan.budgets.iter().find(|b| b.memory == plan.main.memory && b.kind == MemoryKind::Vram);
+        let Some(main) = main.filter(|_| plan.predicted.prefill_strategy == PREFILL_STREAMED) else { return 0 };
+        let largest = plan.layers.iter().map(|l| l.expert_bytes.0).max().unwrap_or(0).max(1);
+        u32::try_from(main.line(budget::STAGING).0 / largest).unwrap_or(u32::MAX)
+    }
+
+    /// Slots of the last of [`Self::pools`]: for experts that do not stay, in decoding and in prompts.
+    pub fn staging_slots(&self) -> u32 {
+        self.plan.engine.staging_slots.max(self.streaming_slots())
     }
 
     /// The pools whose contents stay.
@@ -477,6 +496,11 @@ impl CheckedPlan {
         tier.through.as_ref()?;
         let beside = self.plan.tiers.iter().position(|t| t.memory == tier.memory && t.through.is_none())?;
         Some(self.executor_of_tier[beside])
+    }
+
+    /// The first tier in a memory, to know memories apart by numbers; the number of tiers for a memory without one.
+    pub fn first_tier_of(&self, memory: &str) -> usize {
+        self.plan.tiers.iter().position(|t| t.memory == memory).unwrap_or(self.plan.tiers.len())
     }
 
     /// Bytes of all slots of all layers.

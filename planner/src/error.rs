@@ -154,4 +154,26 @@ pub enum PlanError {
         /// What would be valid.
         expected: String,
     },
+    /// Loads, devices or replicas that cannot be balanced.
+    #[error("balance: {field} is {found}, expected {expected}")]
+    BadBalance {
+        /// The offending number.
+        field: String,
+        /// Its value.
+        found: String,
+        /// What would be valid.
+        expected: String,
+    },
+    /// A plan that another engine cannot take.
+    #[error("export to {target}: {field} is {found}, expected {expected}")]
+    CannotExport {
+        /// The engine.
+        target: &'static str,
+        /// What it cannot take.
+        field: String,
+        /// Its value.
+        found: String,
+        /// What it takes, and what to do.
+        expected: String,
+    },
 }

@@ -1,6 +1,7 @@
 //! The judge: what a placement costs and whether it fits. Independent of every solver.
 //!
-//! Decode step = other + sum over MoE layers of [fixed + E max(GPU branch, CPU branch, link branch)]; a processor's branch is the
+//! Decode step = other + sum over MoE layers of [fixed + E max(GPU branch, CPU branch, link branch)]; what several links or processors share
+//! (the way into a GPU, cards that a CPU computes from) is a branch of its own, busy for the sum of their uses; a processor's branch is the
 //! time of its active experts, plus what copies from its memory take from it, plus one round trip if it is not the main one and any
 //! of its experts is active (algorithms §1). With sampled steps of a trace the expectation is their mean (sample average, §2), misses being
 //! sampled too; without,
@@ -105,16 +106,26 @@ impl Branches {
         let mut b = Self { processors: vec![Branch::default(); price.sync_s.len()], links: vec![Branch::default(); num_links] };
         let mut idle = vec![0.0; price.sync_s.len()];
         let mut contention = vec![0.0; price.sync_s.len()];
-        let mut copied = vec![0.0; num_links];
+        // Logarithm of the probability that a link is idle.
+        let mut idle_links = vec![0.0; num_links];
         for (t, tier) in price.tiers.iter().enumerate() {
             if loads.count[t] == 0 {
                 continue;
             }
             b.processors[tier.processor].seconds += loads.mass[t] * tier.expert_s;
             idle[tier.processor] += loads.idle[t];
+            for (r, seconds) in tier.shares(false) {
+                b.links[r].seconds += loads.mass[t] * seconds;
+                idle_links[r] += loads.idle[t];
+            }
             if tier.copies != Copies::Never {
                 b.links[tier.link].seconds += loads.copied[t] * tier.copy_s;
-                copied[tier.link] += loads.copied[t];
+                // Copies come one by one and independently: Poisson.
+                idle_links[tier.link] -= loads.copied[t];
+                for (r, seconds) in tier.shares(true) {
+                    b.links[r].seconds += loads.copied[t] * seconds;
+                    idle_links[r] -= loads.copied[t];
+                }
                 if let Some((processor, seconds)) = tier.contends {
                     contention[processor] += loads.copied[t] * seconds;
                 }
@@ -125,9 +136,8 @@ impl Branches {
             // While nothing is computed, copies disturb nobody.
             branch.seconds += (sync + contention) * branch.used;
         }
-        for (branch, copied) in b.links.iter_mut().zip(copied) {
-            // Copies come one by one and independently: Poisson.
-            branch.used = 1.0 - f64::exp(-copied);
+        for (branch, idle) in b.links.iter_mut().zip(idle_links) {
+            branch.used = 1.0 - f64::exp(idle);
         }
         b
     }
@@ -149,6 +159,17 @@ pub(crate) struct Event {
     pub seconds: f64,
     /// A processor that it slows down if that computes, and by how many seconds when used.
     pub slows: (usize, f64),
+    /// What it shares with others: resources, and seconds on each when used.
+    pub shares: [(usize, f64); 2],
+}
+
+/// A tier's shares for an event that takes `times` as long as one expert.
+fn shared(tier: &TierPrice, copying: bool, processors: usize, times: f64) -> [(usize, f64); 2] {
+    let mut shares = [(0, 0.0); 2];
+    for (share, (r, seconds)) in shares.iter_mut().zip(tier.shares(copying)) {
+        *share = (processors + r, seconds * times);
+    }
+    shares
 }
 
 /// More events than this are not combined; those of the fastest tiers count with their means.
@@ -168,7 +189,7 @@ pub fn expected_slowest(price: &LayerPrice, loads: &Loads, num_links: usize) -> 
         let tier = &price.tiers[t];
         let event = match copy {
             _ if loads.count[t] == 0 => continue,
-            false => computing(tier, loads.mass[t], loads.idle[t]),
+            false => computing(tier, loads.mass[t], loads.idle[t], price.sync_s.len()),
             true => copying(tier, loads.copied[t], price.sync_s.len()),
         };
         events.extend(event);
@@ -187,9 +208,15 @@ pub(crate) fn slow_first(price: &LayerPrice) -> Vec<(usize, bool)> {
 }
 
 /// Computing of a tier's experts: `mass` expected active ones, none with probability exp(`idle`).
-pub(crate) fn computing(tier: &TierPrice, mass: f64, idle: f64) -> Option<Event> {
+pub(crate) fn computing(tier: &TierPrice, mass: f64, idle: f64, processors: usize) -> Option<Event> {
     let used = 1.0 - f64::exp(idle);
-    (used > 0.0).then(|| Event { used, on: tier.processor, seconds: mass * tier.expert_s / used, slows: (0, 0.0) })
+    (used > 0.0).then(|| Event {
+        used,
+        on: tier.processor,
+        seconds: mass * tier.expert_s / used,
+        slows: (0, 0.0),
+        shares: shared(tier, false, processors, mass / used),
+    })
 }
 
 /// Copying of a tier's experts, `copied` expected ones. Copies come one by one and independently: Poisson.
@@ -198,7 +225,8 @@ pub(crate) fn copying(tier: &TierPrice, copied: f64, processors: usize) -> Optio
     (used > 0.0).then(|| {
         let when_used = copied / used;
         let slows = tier.contends.map_or((0, 0.0), |(p, s)| (p, s * when_used));
-        Event { used, on: processors + tier.link, seconds: when_used * tier.copy_s, slows }
+        let shares = shared(tier, true, processors, when_used);
+        Event { used, on: processors + tier.link, seconds: when_used * tier.copy_s, slows, shares }
     })
 }
 
@@ -221,6 +249,7 @@ fn combine(events: &[Event], sync_s: &[f64], resources: usize, buffers: &mut [f6
     let slowed = &mut rest[..processors];
     let (base_busy, busy) = busy.split_at_mut(processors);
     let busy = &mut busy[..processors];
+    let shares = events.iter().any(|e| e.shares[0].1 > 0.0 || e.shares[1].1 > 0.0);
     let mut open = [Event::default(); JUDGED_EVENTS];
     let mut num_open = 0;
     for (i, e) in events.iter().enumerate() {
@@ -230,6 +259,7 @@ fn combine(events: &[Event], sync_s: &[f64], resources: usize, buffers: &mut [f6
             continue;
         }
         base[e.on] += e.seconds * e.used;
+        e.shares.iter().for_each(|(r, seconds)| base[*r] += seconds * e.used);
         if e.on < processors {
             base_busy[e.on] = true;
         } else {
@@ -249,6 +279,9 @@ fn combine(events: &[Event], sync_s: &[f64], resources: usize, buffers: &mut [f6
             }
             probability *= e.used;
             time[e.on] += e.seconds;
+            if shares {
+                e.shares.iter().for_each(|(r, seconds)| time[*r] += seconds);
+            }
             if e.on < processors {
                 busy[e.on] = true;
             } else {
@@ -286,6 +319,7 @@ pub fn step_slowest(
         let tier = &price.tiers[usize::from(placement.tier_of[usize::from(*expert)])];
         time[tier.processor] += tier.expert_s;
         busy[tier.processor] = true;
+        tier.shares(false).for_each(|(r, seconds)| time[processors + r] += seconds);
         let copied = match tier.copies {
             Copies::Never => false,
             Copies::Misses => price.chance(index, *expert) < miss_rate,
@@ -293,6 +327,7 @@ pub fn step_slowest(
         };
         if copied {
             time[processors + tier.link] += tier.copy_s;
+            tier.shares(true).for_each(|(r, seconds)| time[processors + r] += seconds);
             if let Some((p, seconds)) = tier.contends {
                 slowed[p] += seconds;
             }

@@ -5,19 +5,24 @@
 //! * [`evaluate`]: owns the objective and the feasibility check; judges what solvers propose.
 //! * [`solver`]: propose placements; [`lower_bound`]: what no placement can beat.
 //! * [`plan`]: the plan file; [`check`]: the only way to a [`CheckedPlan`]; [`explain`]: why each expert is where it is.
+//! * [`elastic`]: plans whose slots may change size while a run goes on.
 //! * [`settings`]: how the engine is to work, chosen by replaying a trace.
+//! * [`balance`]: experts over many devices; [`export`]: plans in the words of other engines.
 //! * [`engine`]: the run-time brain; [`sim`]: its driver on a virtual clock.
 
 #![forbid(unsafe_code)]
 
+pub mod balance;
 pub mod baselines;
 pub mod budget;
 pub mod capacity;
 pub mod check;
+pub mod elastic;
 pub mod engine;
 pub mod error;
 pub mod evaluate;
 pub mod explain;
+pub mod export;
 pub mod held_out;
 pub mod hits;
 pub mod lower_bound;

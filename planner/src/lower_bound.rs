@@ -13,7 +13,7 @@
 
 use crate::error::PlanError;
 use crate::evaluate::{Prices, Weights};
-use crate::price::{Copies, LayerPrice};
+use crate::price::{Copies, LayerPrice, TierPrice};
 use crate::problem::Problem;
 use crate::request::Popularity;
 use good_lp::{Expression, ProblemVariables, Solution, SolverModel, Variable, constraint, microlp, variable};
@@ -157,7 +157,7 @@ fn branches(
     vars: &mut ProblemVariables,
     constraints: &mut Vec<good_lp::Constraint>,
 ) -> Vec<Expression> {
-    let links = price.tiers.iter().map(|t| t.link + 1).max().unwrap_or(0);
+    let links = price.tiers.iter().map(TierPrice::links_end).max().unwrap_or(0);
     let mut processors = vec![Expression::from(0.0); price.sync_s.len()];
     let mut copies = vec![Expression::from(0.0); links];
     let all_busy: f64 = -price.ln_idle.iter().sum::<f64>();
@@ -168,8 +168,14 @@ fn branches(
             let p = price.active[bucket.least];
             let sync = price.sync_s[tier.processor] * chord * -price.ln_idle[bucket.least];
             processors[tier.processor].add_mul((p * tier.expert_s + sync) * MICRO, row[t]);
+            for (r, seconds) in tier.shares(false) {
+                copies[r].add_mul(p * seconds * MICRO, row[t]);
+            }
             if tier.copies == Copies::Always {
                 copies[tier.link].add_mul(p * tier.copy_s * MICRO, row[t]);
+                for (r, seconds) in tier.shares(true) {
+                    copies[r].add_mul(p * seconds * MICRO, row[t]);
+                }
             }
         }
         let through = problem.tiers[t].through.as_deref().map(|id| problem.memory_index(id));
@@ -186,6 +192,9 @@ fn branches(
                 constraints.push(constraint!(plane <= misses));
             }
             copies[tier.link].add_mul(tier.copy_s * MICRO, misses);
+            for (r, seconds) in tier.shares(true) {
+                copies[r].add_mul(seconds * MICRO, misses);
+            }
         }
     }
     processors.into_iter().chain(copies).collect()

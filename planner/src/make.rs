@@ -5,8 +5,8 @@ use crate::error::PlanError;
 use crate::evaluate::{Branches, LayerPlacement, Loads, Placement, Prices, Usage, step_seconds, usage};
 use crate::lower_bound::{METHOD, lower_bound};
 use crate::plan::{
-    BytesOn, CachePolicyKind, EngineSettings, ExpertRun, Interval, MachineId, MemoryBudget, ModelId, PLAN_VERSION, Plan,
-    PlanLayer, Predicted, Provenance, SloLine, SloReport,
+    BytesOn, CachePolicyKind, EngineSettings, ExpertRun, Interval, MachineId, MemoryBudget, ModelId, PLAN_VERSION,
+    PREFILL_IN_PLACE, PREFILL_STREAMED, Plan, PlanLayer, Predicted, Provenance, SloLine, SloReport,
 };
 use crate::price::{Case, Copies, PriceTable};
 use crate::problem::{MoeLayer, Problem};
@@ -232,7 +232,7 @@ fn predict(problem: &Problem<'_>, placement: &Placement, cases: [&Prices; 3]) ->
         prefill_tokens_per_s: per_second(f64::from(problem.request.prompt_tokens), prompts.map(|p| p.0)),
         ttft_s: seconds(prompts.map(|p| p.0)),
         decode_step_s: seconds(steps),
-        prefill_strategy: if prompts[0].1 { "streamed" } else { "in_place" }.into(),
+        prefill_strategy: if prompts[0].1 { PREFILL_STREAMED } else { PREFILL_IN_PLACE }.into(),
         hit_rate: match hit_rates {
             [Some(value), Some(high), Some(low)] => Some(interval(value, low, high)),
             _ => None,
@@ -277,7 +277,11 @@ fn binding(problem: &Problem<'_>, table: &PriceTable, placement: &Placement) -> 
     let name = match at {
         0 => format!("{}: everything but routed experts", problem.main.executor),
         r if r <= processors.len() => format!("{}: routed experts", processors[r - 1].id),
-        r => format!("{}: loading experts", table.links[r - 1 - processors.len()]),
+        r => {
+            let name = &table.links[r - 1 - processors.len()];
+            // What is shared has words of its own.
+            if name.contains("->") { format!("{name}: loading experts") } else { name.clone() }
+        }
     };
     (name, if total > 0.0 { most / total } else { 0.0 })
 }

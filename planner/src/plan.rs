@@ -288,6 +288,9 @@ pub struct MemoryBudget {
     /// How much of that is page-locked: staging buffers, and experts that are copied to a GPU.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub page_locked: Bytes,
+    /// The NUMA nodes of the machine's description: the runtime puts the memory's experts and slots there, striped if there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numa_nodes: Vec<u32>,
 }
 
 fn is_zero(b: &Bytes) -> bool {
@@ -303,6 +306,11 @@ pub struct BudgetLine {
     /// How much.
     pub bytes: Bytes,
 }
+
+/// [`Predicted::prefill_strategy`] where experts are computed where they are planned.
+pub const PREFILL_IN_PLACE: &str = "in_place";
+/// [`Predicted::prefill_strategy`] where prompts copy experts through staging slots to the main processor.
+pub const PREFILL_STREAMED: &str = "streamed";
 
 /// A prediction with an interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -5,6 +5,7 @@
 //! 1 - (1 - k q_e)^B, q_e being its share of the selections.
 
 use crate::hits::{Curve, MissCurve};
+use crate::plan::Tier;
 use crate::problem::Problem;
 use crate::request::Popularity;
 use tierwise_cost::cost::{CostModel, Estimate, LayerWork, Work, step_work};
@@ -78,6 +79,26 @@ pub struct TierPrice {
     pub copies: Copies,
     /// Processor that computes from the memory the copies come from, and seconds of its reading that one copy takes from it.
     pub contends: Option<(usize, f64)>,
+    /// What computing shares with others: a memory that is also copied from.
+    pub compute_shares: Shares,
+    /// What copying shares with others: the memory it reads, the way into a GPU.
+    pub copy_shares: Shares,
+}
+
+/// Shared resources, by their place among the links, and seconds of each per expert.
+pub type Shares = [Option<(usize, f64)>; 2];
+
+impl TierPrice {
+    /// What computing an expert, or copying it, takes of shared resources: (place among the links, seconds).
+    pub fn shares(&self, copying: bool) -> impl Iterator<Item = (usize, f64)> + '_ {
+        (if copying { &self.copy_shares } else { &self.compute_shares }).iter().flatten().copied()
+    }
+
+    /// How many links and shared resources there are at least.
+    pub fn links_end(&self) -> usize {
+        let shared = self.shares(false).chain(self.shares(true)).map(|(r, _)| r + 1).max().unwrap_or(0);
+        shared.max(self.link + 1)
+    }
 }
 
 /// Prices of one layer.
@@ -126,7 +147,7 @@ pub struct PriceTable {
     pub tokens: u32,
     /// Bytes that a step reads besides routed experts, from the main processor's memory.
     pub main_bytes: Bytes,
-    /// Links by resource index, as `from->to`.
+    /// Links by resource index, as `from->to`; among them what several of them or of the processors share ([`TierPrice::shares`]).
     pub links: Vec<String>,
 }
 
@@ -175,7 +196,7 @@ impl PriceTable {
                 None => active(problem, index, tokens),
             };
             let demanded = active.iter().sum::<f64>() / active.len() as f64;
-            let least = f64::from(layer.experts_per_token) / f64::from(layer.num_experts);
+            let least = layer.mean_choices / f64::from(layer.num_experts);
             let recency = if least < 1.0 { 1.0 - (demanded - least) / (1.0 - least) } else { 0.0 };
             let price = LayerPrice {
                 fixed_s,
@@ -229,7 +250,8 @@ fn rows(batch: Batch, l: usize, num_layers: usize) -> u32 {
 /// Probability of being active, per expert. `[num_experts]`
 fn active(problem: &Problem<'_>, index: usize, tokens: u32) -> Vec<f64> {
     let layer = &problem.layers[index];
-    let (e, k) = (layer.num_experts as usize, f64::from(layer.experts_per_token));
+    let (e, k) = (layer.num_experts as usize, layer.mean_choices);
+    let tokens = tokens.saturating_mul(layer.iterations);
     let in_step = |share: f64| {
         let once = (k * share).min(1.0);
         if tokens == 1 { once } else { 1.0 - (1.0 - once).powf(f64::from(tokens)) }
@@ -255,6 +277,51 @@ fn pageable(mut route: Link) -> Option<Link> {
     Some(route)
 }
 
+/// Who shares what in a phase: transfers that use one thing at once share its rate ([`tierwise_cost::machine::Machine::port`]).
+struct Sharing<'a> {
+    problem: &'a Problem<'a>,
+    cost: &'a dyn CostModel,
+    phase: Phase,
+    case: Case,
+}
+
+impl Sharing<'_> {
+    /// Where the copies of a tier go, if it has some.
+    fn copied_to<'t>(&'t self, t: &'t Tier) -> Option<&'t str> {
+        match self.phase {
+            Phase::PrefillStreamed => Some(self.problem.main.memory.as_str()).filter(|home| *home != t.memory),
+            Phase::Decode | Phase::PrefillInPlace => t.through.as_deref(),
+        }
+    }
+
+    /// The memory of `t` is both copied from and computed from by a processor whose home it is not: then its name as a resource.
+    fn shared_memory(&self, t: &Tier) -> Option<String> {
+        self.problem.machine.guest_of(&t.memory)?;
+        let mut users = self.problem.tiers.iter().filter(|o| o.memory == t.memory).map(|o| o.through.is_some());
+        let first = users.next()?;
+        // Streamed, nothing is computed there.
+        (self.phase != Phase::PrefillStreamed && users.any(|copied| copied != first))
+            .then(|| format!("all reads of {}", t.memory))
+    }
+
+    /// What one copy of a tier takes of what it shares: the memory it reads, the way into a GPU. Never more than it takes of its link.
+    fn of_copy(&self, t: &Tier, route: &Link, bytes: Bytes, copy_s: f64) -> [Option<(String, f64)>; 2] {
+        let (problem, machine) = (self.problem, self.problem.machine);
+        let memory = self.shared_memory(t).and_then(|name| {
+            let (guest, memory) = (machine.guest_of(&t.memory)?, machine.memory(&t.memory)?);
+            let read = Work { weight_bytes: bytes, ..Work::default() };
+            let read_s = self.case.of(self.cost.compute(guest, &machine.seen_from(guest, memory), read, 0));
+            Some((name, read_s.min(copy_s)))
+        });
+        let others = problem.tiers.iter().any(|o| o.memory != t.memory && self.copied_to(o) == Some(route.to.as_str()));
+        let port = machine.port(&route.to).filter(|_| others).map(|port| {
+            let seconds = self.case.of(self.cost.transfer(port, bytes));
+            (format!("all copies into {}", route.to), seconds.min(copy_s))
+        });
+        [memory, port]
+    }
+}
+
 fn tier_prices(
     problem: &Problem<'_>,
     cost: &dyn CostModel,
@@ -265,21 +332,28 @@ fn tier_prices(
     links: &mut Vec<String>,
 ) -> Option<Vec<TierPrice>> {
     let (main, home) = problem.main_place();
-    let mut price = |p: &Processor, from: &Memory, route: Option<Link>, copies: Copies| {
+    let mut index_of = |name: String| {
+        links.iter().position(|l| *l == name).unwrap_or_else(|| {
+            links.push(name);
+            links.len() - 1
+        })
+    };
+    let sharing = Sharing { problem, cost, phase, case };
+    let mut price = |tier: &Tier, p: &Processor, from: &Memory, route: Option<Link>, copies: Copies| {
         let seen = problem.machine.seen_from(p, from);
         let processor = problem.machine.processors.iter().position(|o| o.id == p.id).expect("a processor of the machine");
         let expert_s = case.of(cost.compute(p, &seen, work.expert, 0));
-        let (link, copy_s, contends) = match route {
-            None => (0, 0.0, None),
+        let read_s = || case.of(cost.compute(p, &seen, Work { weight_bytes: expert_bytes, ..Work::default() }, 0));
+        let memory = sharing.shared_memory(tier).filter(|_| route.is_none());
+        let compute_shares = [memory.map(|name| (index_of(name), read_s().min(expert_s))), None];
+        let (link, copy_s, contends, copy_shares) = match route {
+            None => (0, 0.0, None, [None; 2]),
             Some(route) => {
                 // A route of two hops keeps its last link busy for as long as the slower hop takes.
                 let last = problem.machine.links.iter().find(|l| l.to == route.to);
                 let direct = problem.machine.link(&route.from, &route.to).or(last);
                 let name = direct.map_or_else(String::new, |l| format!("{}->{}", l.from, l.to));
-                let index = links.iter().position(|l| *l == name).unwrap_or_else(|| {
-                    links.push(name);
-                    links.len() - 1
-                });
+                let index = index_of(name);
                 let copy_s = case.of(cost.transfer(&route, expert_bytes));
                 // Copies and computing drink from the same memory: what one takes the other waits for (algorithms §1). A copy is never
                 // slower through this than over its link.
@@ -290,10 +364,11 @@ fn tier_prices(
                     let read_s = case.of(cost.compute(&problem.machine.processors[reader], memory, read, 0));
                     (reader, read_s.min(copy_s))
                 });
-                (index, copy_s, contends)
+                let shares = sharing.of_copy(tier, &route, expert_bytes, copy_s);
+                (index, copy_s, contends, shares.map(|s| s.map(|(name, seconds)| (index_of(name), seconds))))
             }
         };
-        TierPrice { processor, expert_s, link, copy_s, copies, contends }
+        TierPrice { processor, expert_s, link, copy_s, copies, contends, compute_shares, copy_shares }
     };
     problem
         .tiers
@@ -302,23 +377,23 @@ fn tier_prices(
             let memory = problem.machine.memory(&t.memory).expect("tiers name memories of the machine");
             if phase == Phase::PrefillStreamed {
                 if t.memory == home.id {
-                    return Some(price(main, home, None, Copies::Never));
+                    return Some(price(t, main, home, None, Copies::Never));
                 }
                 let route = problem.machine.route(&t.memory, &home.id)?;
                 let from_host = matches!(t.kind, MemoryKind::Dram | MemoryKind::Cxl);
                 let route = if from_host && problem.locking.staging_pageable { pageable(route)? } else { route };
-                return Some(price(main, home, Some(route), Copies::Always));
+                return Some(price(t, main, home, Some(route), Copies::Always));
             }
             let p = problem.executor(t);
             match &t.through {
-                None => Some(price(p, memory, None, Copies::Never)),
+                None => Some(price(t, p, memory, None, Copies::Never)),
                 Some(through) => {
                     let route = problem.machine.route(&t.memory, through)?;
                     let pages = problem.locking.experts_pageable && matches!(t.kind, MemoryKind::Dram | MemoryKind::Cxl);
                     let slots = problem.machine.memory(through).expect("tiers name memories of the machine");
                     let to_gpu = slots.kind == MemoryKind::Vram;
                     let route = if pages && to_gpu { pageable(route)? } else { route };
-                    Some(price(p, slots, Some(route), Copies::Misses))
+                    Some(price(t, p, slots, Some(route), Copies::Misses))
                 }
             }
         })

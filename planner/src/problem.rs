@@ -20,8 +20,12 @@ pub struct MoeLayer {
     pub layer: u32,
     /// Routed experts.
     pub num_experts: u32,
-    /// Experts per token.
+    /// Experts per token, at most.
     pub experts_per_token: u32,
+    /// Experts per token and iteration, on average.
+    pub mean_choices: f64,
+    /// How often a step asks the layer for experts.
+    pub iterations: u32,
     /// Bytes of one expert.
     pub expert_bytes: Bytes,
     /// Experts by falling popularity; ties by number.
@@ -75,16 +79,35 @@ pub struct Problem<'a> {
     pub goal: Goal,
 }
 
+/// Which memories experts may have as their home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Homes {
+    /// All that the machine has; the disk only if memory cannot hold them.
+    Any,
+    /// The disk.
+    Disk,
+}
+
 impl<'a> Problem<'a> {
     /// Checks the request and finds the room for experts.
     ///
     /// # Errors
     /// [`PlanError::BadRequest`], [`PlanError::NoRoom`] naming the line that does not fit, [`PlanError::ExpertsDoNotFit`].
     pub fn new(spec: &'a ModelSpec, machine: &'a Machine, request: Request) -> Result<Self, PlanError> {
-        Self::lay_out(spec, machine, request.clone()).map_err(|e| name_smallest(e, spec, machine, request))
+        let homes = Homes::Any;
+        Self::lay_out(spec, machine, request.clone(), homes).map_err(|e| name_smallest(e, spec, machine, request, homes))
     }
 
-    fn lay_out(spec: &'a ModelSpec, machine: &'a Machine, request: Request) -> Result<Self, PlanError> {
+    /// The same for experts that all wait on disk and come into slots in the CPU's memory, whatever room there is: see [`crate::elastic`].
+    ///
+    /// # Errors
+    /// As [`Self::new`], and when a GPU is the main processor or the machine has no disk.
+    pub fn elastic(spec: &'a ModelSpec, machine: &'a Machine, request: Request) -> Result<Self, PlanError> {
+        let homes = Homes::Disk;
+        Self::lay_out(spec, machine, request.clone(), homes).map_err(|e| name_smallest(e, spec, machine, request, homes))
+    }
+
+    fn lay_out(spec: &'a ModelSpec, machine: &'a Machine, request: Request, homes: Homes) -> Result<Self, PlanError> {
         machine.check()?;
         request.check(spec.context_length)?;
         check_limits(machine, &request)?;
@@ -107,7 +130,13 @@ impl<'a> Problem<'a> {
             room = room_of(&capacity, &fixed);
         }
         let mut tiers = tiers(machine, &main, &capacity);
-        drop_needless_disk(machine, &layers, &room, total, &mut tiers);
+        match homes {
+            Homes::Any => drop_needless_disk(machine, &layers, &room, total, &mut tiers),
+            Homes::Disk => crate::elastic::keep_disk(machine, &main, &mut tiers)?,
+        }
+        if request.no_cache {
+            tiers.retain(|t| t.through.is_none());
+        }
         let mut locking = Locking::default();
         if let Some(limit) = request.limits.pinned {
             locking.staging_pageable = limit < staged;
@@ -280,7 +309,7 @@ impl<'a> Problem<'a> {
 
 /// Puts the smallest budget that works into an error about room. The lines depend on each other (reserve, staging, slots, which
 /// processor leads), so it is found by trying: feasibility only grows with the budget, and laying a problem out is cheap.
-fn name_smallest(mut error: PlanError, spec: &ModelSpec, machine: &Machine, mut request: Request) -> PlanError {
+fn name_smallest(mut error: PlanError, spec: &ModelSpec, machine: &Machine, mut request: Request, homes: Homes) -> PlanError {
     let (PlanError::NoRoom { memory, smallest, hint, .. } | PlanError::ExpertsDoNotFit { memory, smallest, hint, .. }) =
         &mut error
     else {
@@ -291,7 +320,7 @@ fn name_smallest(mut error: PlanError, spec: &ModelSpec, machine: &Machine, mut 
     let (mut fails, mut enough) = (request.limits.of(kind).map_or(0, |b| b.0), installed);
     let mut works = |bytes: u64| {
         request.limits.set(kind, Bytes(bytes));
-        Problem::lay_out(spec, machine, request.clone()).is_ok()
+        Problem::lay_out(spec, machine, request.clone(), homes).is_ok()
     };
     if fails >= enough || !works(enough) {
         return error;
@@ -352,6 +381,8 @@ fn moe_layers(spec: &ModelSpec, request: &Request) -> Result<Vec<MoeLayer>, Plan
             layer,
             num_experts: moe.num_experts,
             experts_per_token: moe.experts_per_token,
+            mean_choices: moe.mean_choices(),
+            iterations: moe.iterations,
             expert_bytes: bytes[layer as usize].per_expert,
             by_popularity,
         });

@@ -146,6 +146,9 @@ pub struct Request {
     /// Latencies to keep.
     #[serde(skip_serializing_if = "SloLimits::is_none")]
     pub slo: SloLimits,
+    /// Every expert is computed where it lies: no cache slots, which other engines do not have.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub no_cache: bool,
 }
 
 impl Default for Request {
@@ -161,6 +164,7 @@ impl Default for Request {
             limits: Limits::default(),
             popularity: Popularity::Uniform,
             slo: SloLimits::default(),
+            no_cache: false,
         }
     }
 }

@@ -154,6 +154,9 @@ fn what_cannot_be_aborts() {
         ("wrong slot", vec![demand(0, 0, &[1]), Input::Loaded { key: key(1), slot: at(1) }], "slot 1"),
         ("slot out of range", vec![demand(0, 0, &[1]), Input::Loaded { key: key(1), slot: at(99) }], "slot 99"),
         ("wave not asked for", vec![demand(0, 0, &[1]), Input::Computed { layer: 0, wave: 0 }], "wave 0"),
+        ("sizes for other pools", vec![Input::Resize { slots: vec![2] }], "1 sizes were given for 2"),
+        ("no slot at all", vec![Input::Resize { slots: vec![2, 0] }], "pool 1 of slots is to have 0, expected 1 to 8"),
+        ("more slots than experts", vec![Input::Resize { slots: vec![9, 2] }], "expected 1 to 8"),
         ("failure not asked for", vec![Input::Failed { key: key(1), slot: at(0), reason: String::new() }], "not being loaded"),
     ];
     for (name, inputs, words) in cases {
@@ -207,6 +210,7 @@ impl Watch<'_> {
                 self.outstanding.push(action.clone());
             }
             Action::Finish { layer, .. } => assert!(self.demanded.remove(layer).unwrap().is_empty(), "everything was computed"),
+            Action::Allocate { .. } | Action::Release { .. } => panic!("nobody asked for another number of slots"),
             Action::Abort { reason } => panic!("{reason}"),
         }
     }

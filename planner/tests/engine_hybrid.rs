@@ -2,9 +2,10 @@
 
 mod common;
 
+use common::answers::{Content, Demanded, answer};
 use common::{small_machine, tiny};
 use proptest::prelude::*;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use tierwise_cost::cost::Roofline;
 use tierwise_cost::machine::Machine;
@@ -45,9 +46,8 @@ fn hybrid(
 /// What a driver may rely on, checked from the outside.
 struct Watch<'p> {
     plan: &'p CheckedPlan,
-    slots: HashMap<SlotId, (u32, u32, bool)>,
-    /// Demanded and not computed yet, by layer.
-    demanded: HashMap<u32, HashSet<u32>>,
+    slots: Content,
+    demanded: Demanded,
     outstanding: Vec<Action>,
     failures: HashMap<SlotId, u32>,
 }
@@ -92,6 +92,7 @@ impl Watch<'_> {
                 self.outstanding.push(action.clone());
             }
             Action::Finish { layer, .. } => assert!(self.demanded.remove(layer).unwrap().is_empty(), "everything was computed"),
+            Action::Allocate { .. } | Action::Release { .. } => panic!("nobody asked for another number of slots"),
             Action::Abort { reason } => panic!("{reason}"),
         }
     }
@@ -160,29 +161,9 @@ proptest! {
                 let tokens = d.values().copied().max().unwrap();
                 Input::Routed(Demand { step, layer, experts: d.iter().map(|(e, n)| (*e, *n)).collect(), tokens, scores: Vec::new() })
             } else if !w.outstanding.is_empty() {
-                match w.outstanding.swap_remove(choice % w.outstanding.len()) {
-                    Action::Load { key, slot, .. } => {
-                        let times = w.failures.entry(slot).or_default();
-                        if faults && choice % 4 == 0 && *times < MAX_RETRIES {
-                            *times += 1;
-                            Input::Failed { key, slot, reason: "injected".into() }
-                        } else {
-                            *times = 0;
-                            w.slots.insert(slot, (key.layer, key.expert, true));
-                            Input::Loaded { key, slot }
-                        }
-                    }
-                    Action::Compute { layer, wave, experts, .. } => {
-                        let left = w.demanded.get_mut(&layer).unwrap();
-                        experts.iter().for_each(|(x, _)| assert!(left.remove(x)));
-                        // Guests leave when they were computed.
-                        let staging = plan.cache_pools().len() as u32;
-                        let gone = |l: u32, e: u32| l == layer && experts.iter().any(|(x, _)| *x == e);
-                        w.slots.retain(|s, (l, e, ready)| s.pool != staging || !*ready || !gone(*l, *e));
-                        Input::Computed { layer, wave }
-                    }
-                    other => unreachable!("{other:?} needs no answer"),
-                }
+                let action = w.outstanding.swap_remove(choice % w.outstanding.len());
+                let fails = faults && choice % 4 == 0;
+                answer(&plan, action, fails, &mut w.failures, &mut w.slots, &mut w.demanded)
             } else {
                 break;
             };

@@ -3,6 +3,7 @@
 //! Every check states what was found; a hint says what to do. A missing file or an old kernel is a finding, not an error.
 
 use crate::backend;
+use crate::probe::nodes::Nodes;
 use serde::Serialize;
 use std::fs;
 use std::path::Path;
@@ -47,10 +48,10 @@ impl Check {
     }
 }
 
-/// All checks. `folder` is where models will lie: its file system is looked at.
-pub fn examine(folder: &Path) -> Vec<Check> {
+/// All checks. `folder` is where models will lie: its file system is looked at. `nodes` are this machine's.
+pub fn examine(folder: &Path, nodes: &Nodes) -> Vec<Check> {
     let mut checks = vec![processor(), instruction_sets(), memory()];
-    checks.extend(numa_and_cxl());
+    checks.extend(numa_and_cxl(nodes));
     checks.extend(backend::discover().into_iter().map(devices));
     checks.push(memlock());
     checks.push(transparent_huge_pages());
@@ -140,44 +141,37 @@ fn cgroup_limit() -> Option<Bytes> {
     text.parse().ok().map(Bytes)
 }
 
-/// NUMA nodes with their memory and processors; nodes without processors are CXL or other far memory.
-fn numa_and_cxl() -> Vec<Check> {
-    let mut with_processors = Vec::new();
-    let mut without = Vec::new();
-    if let Ok(entries) = fs::read_dir("/sys/devices/system/node") {
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().to_string();
-            let Some(node) = name.strip_prefix("node").and_then(|n| n.parse::<u32>().ok()) else { continue };
-            let size = read(&format!("/sys/devices/system/node/{name}/meminfo"))
-                .and_then(|t| t.lines().find(|l| l.contains("MemTotal")).map(str::to_string))
-                .and_then(|l| l.split_whitespace().rev().nth(1).and_then(|n| n.parse::<u64>().ok()))
-                .map_or(Bytes::ZERO, |k| Bytes(k << 10));
-            let processors = read(&format!("/sys/devices/system/node/{name}/cpulist")).unwrap_or_default();
-            if processors.is_empty() { without.push((node, size)) } else { with_processors.push((node, size)) }
-        }
-    }
-    with_processors.sort_unstable();
-    without.sort_unstable();
-    let list = |nodes: &[(u32, Bytes)]| nodes.iter().map(|(n, b)| format!("node {n}: {b}")).collect::<Vec<_>>().join(", ");
-    let numa = match with_processors.len() {
-        0 => Check::ok("NUMA", "the kernel reports no nodes: treated as one"),
-        1 => Check::ok("NUMA", list(&with_processors)),
+/// NUMA nodes with and without processors, and CXL devices that are no memory yet.
+fn numa_and_cxl(nodes: &Nodes) -> Vec<Check> {
+    let list = |far: bool| {
+        let of_kind = nodes.nodes.iter().filter(|n| n.total.0 > 0 && n.kind.is_far() == far);
+        of_kind.map(|n| format!("node {}: {}", n.number, n.total)).collect::<Vec<_>>()
+    };
+    let (near, far) = (list(false), list(true));
+    let notes = nodes.notes.iter().map(|n| format!("; {n}")).collect::<String>();
+    let numa = match near.len() {
+        0 | 1 => Check::ok("NUMA", near.join(", ") + &notes),
         n => Check::warn(
             "NUMA",
-            format!("{n} nodes: {}", list(&with_processors)),
-            "experts are not placed per node yet: bind the process to one node",
+            format!("{n} nodes: {}{notes}", near.join(", ")),
+            "threads are not kept beside their node: bind the process to one node if the model fits there",
         ),
     };
-    let devices = fs::read_dir("/sys/bus/cxl/devices")
-        .map(|d| d.flatten().filter(|e| e.file_name().to_string_lossy().starts_with("mem")).count());
-    let cxl = match (devices.unwrap_or(0), without.is_empty()) {
-        (0, true) => Check::ok("CXL memory", "none"),
-        (n, true) => Check::warn(
+    let sleeping = nodes.dax.iter().filter(|d| d.driver.as_deref() != Some("kmem")).count();
+    let devices = nodes.cxl.len();
+    let cxl = match (devices, far.is_empty()) {
+        (0, true) if sleeping == 0 => Check::ok("CXL memory", "none"),
+        (0, true) => Check::warn(
             "CXL memory",
-            format!("{n} devices, not online as memory"),
+            format!("{sleeping} DAX devices that are files, not memory"),
             "bring them up as system RAM (daxctl reconfigure-device --mode=system-ram)",
         ),
-        (_, false) => Check::ok("CXL memory", format!("nodes without processors: {}", list(&without))),
+        (n, true) => Check::warn(
+            "CXL memory",
+            format!("{n} devices, {} regions, not online as memory", nodes.regions.len()),
+            "make a region (cxl create-region -t ram) and bring it up as system RAM (daxctl reconfigure-device --mode=system-ram)",
+        ),
+        (n, false) => Check::ok("CXL memory", format!("nodes without processors: {}; {n} CXL devices", far.join(", "))),
     };
     vec![numa, cxl]
 }
@@ -288,7 +282,7 @@ mod tests {
 
     #[test]
     fn every_check_is_filled_and_every_warning_has_a_hint() {
-        let checks = examine(Path::new("."));
+        let checks = examine(Path::new("."), &Nodes::of_this_machine());
         for name in ["processor", "instruction sets", "memory", "NUMA", "CXL memory", "CUDA GPUs", "Vulkan GPUs", "disk"] {
             assert!(checks.iter().any(|c| c.name == name), "{name}");
         }

@@ -85,6 +85,14 @@ pub enum RuntimeError {
         /// The engine's reason.
         reason: String,
     },
+    /// Ranks that compute together cannot go on.
+    #[error("rank {rank}: {reason}")]
+    Rank {
+        /// Who is concerned.
+        rank: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
 /// Shorthand used all over the crate.

@@ -12,7 +12,9 @@ use serde_json::Value;
 use session_common::*;
 use std::path::Path;
 use std::sync::Arc;
+use tierwise_cost::quant::QuantFormat;
 use tierwise_runtime::RuntimeError;
+use tierwise_runtime::exec::reference;
 use tierwise_runtime::import::ModelSource;
 use tierwise_runtime::session::{Model, Session};
 
@@ -31,28 +33,20 @@ const SUPPORTED: &[&str] = &[
     "olmoe",
     "phimoe",
     "qwen2_moe",
+    "qwen3_5_moe",
     "qwen3_moe",
+    "qwen3_next",
 ];
-
-/// Models of supported families whose way of storing weights is not supported: they must be refused, whatever the error.
-const UNSUPPORTED_STORAGE: &[&str] = &["gpt_oss-mxfp4"];
-
-/// How many of a family's safetensors models are left out for their storage.
-fn unsupported_storage_of(wanted: &str) -> usize {
-    UNSUPPORTED_STORAGE.iter().filter(|name| family(name) == wanted).count()
-}
 
 /// The model when it must run; else checks that it is refused.
 fn open_or_refused(name: &str, path: &Path) -> Option<Arc<Model>> {
-    if SUPPORTED.contains(&family(name)) && !UNSUPPORTED_STORAGE.contains(&name) {
+    if SUPPORTED.contains(&family(name)) {
         return Some(open(path));
     }
     let error = ModelSource::open(path.to_str().expect("UTF-8"), None).expect_err(name);
-    if !SUPPORTED.contains(&family(name)) {
-        let of_config = matches!(&error, RuntimeError::UnknownArchitecture { path, .. } if path.ends_with("config.json"));
-        let of_gguf = matches!(&error, RuntimeError::UnknownArchitecture { path: p, .. } if p == path);
-        assert!(of_config || of_gguf, "{name}: {error}");
-    }
+    let of_config = matches!(&error, RuntimeError::UnknownArchitecture { path, .. } if path.ends_with("config.json"));
+    let of_gguf = matches!(&error, RuntimeError::UnknownArchitecture { path: p, .. } if p == path);
+    assert!(of_config || of_gguf, "{name}: {error}");
     println!("{name}: refused, {error}");
     None
 }
@@ -111,7 +105,20 @@ fn safetensors_agree_with_transformers() {
         let tokens = ids(&reference["tokens"]);
         let mut s = session(&model, F32_KV);
         let logits = s.logits_all(&tokens).expect("computed");
-        let difference = max_difference(logits.as_slice().expect("row-major"), &floats(&folder().join(&name).join("logits.f32")));
+        let expected = floats(&folder().join(&name).join("logits.f32"));
+        let mut difference = max_difference(logits.as_slice().expect("row-major"), &expected);
+        let exact = reference::run(&model, &tokens).expect("computed").logits.mapv(|x| x as f32);
+        let slow = max_difference(exact.as_slice().expect("row-major"), &expected);
+        assert!(slow <= 1e-3, "{name}: the slow executor: {slow}");
+        if model.spec().tensors.iter().any(|t| t.format == QuantFormat::MXFP4) {
+            // Products with 4-bit weights round activations to 8 bits, which says nothing about the weights: those are compared by the
+            // slow executor, which rounds nothing, and the fast one as files of quantised weights are.
+            for (ours, theirs) in logits.rows().into_iter().zip(expected.chunks_exact(logits.ncols())) {
+                let cosine = cosine(ours.as_slice().expect("row-major"), theirs);
+                assert!(cosine >= 0.999, "{name}: {cosine}");
+            }
+            difference = slow;
+        }
         let choices = equal_choices(&captured_experts(&s.take_routing(), model.spec().layers.len()), &reference["routing"]);
         let weights = weight_difference(&mut s, &tokens, &reference["routing"]);
         println!("{name}: max |difference| {difference:.1e}, router choices {:.2} %, weights {weights:.1e}", 100.0 * choices);
@@ -122,10 +129,7 @@ fn safetensors_agree_with_transformers() {
         assert_eq!(greedy(&mut s, &ids(&reference["greedy"]["prompt"]), continuation.len()), continuation, "{name}");
     }
     for wanted in SUPPORTED {
-        assert!(
-            run.iter().filter(|name| family(name) == *wanted).count() >= 2 - unsupported_storage_of(wanted),
-            "{wanted} in {run:?}"
-        );
+        assert!(run.iter().filter(|name| family(name) == *wanted).count() >= 2, "{wanted} in {run:?}");
     }
 }
 
@@ -209,23 +213,58 @@ fn chunks_and_steps_do_not_change_logits() {
     for (path, name) in safetensors.chain(files) {
         let Some(model) = open_or_refused(&name, &path) else { continue };
         let vocab = model.spec().vocab_size;
+        // Kernels for many tokens add in another order than those for few; a recurrent state carries that through all later tokens, and
+        // with quantised weights a last bit can decide to which side an activation is rounded. In float32 nothing of this happens.
+        let has = |what: fn(QuantFormat) -> bool| model.spec().tensors.iter().any(|t| what(t.format));
+        let bound = match () {
+            () if has(|f| f.layout().elems > 1) => 1e-2,
+            () if has(|f| f != QuantFormat::F32) => 5e-4,
+            () => 1e-4,
+        };
         let tokens: Vec<u32> = (0..100u32).map(|i| (i * i * 31 + i * 7 + 3) % vocab).collect();
         let logits_of = |options| session(&model, options).logits_all(&tokens).expect("computed").into_raw_vec_and_offset().0;
         let whole = logits_of(F32_KV);
         for chunk in [1, 7, 64] {
             let difference = max_difference(&logits_of(PlanOptions { chunk, ..F32_KV }), &whole);
-            assert!(difference <= 1e-4, "{name}: chunks of {chunk}: {difference}");
+            assert!(difference <= bound, "{name}: chunks of {chunk}: {difference}");
         }
         let mut s = session(&model, F32_KV);
         s.prefill(&tokens[..50]).expect("computed");
         for (i, token) in tokens.iter().enumerate().skip(50) {
             let expected = &whole[i * vocab as usize..(i + 1) * vocab as usize];
             let difference = max_difference(s.decode(*token).expect("computed"), expected);
-            assert!(difference <= 1e-4, "{name}: token {i}: {difference}");
+            assert!(difference <= bound, "{name}: token {i}: {difference}");
         }
         s.truncate(30);
         let again = s.prefill(&tokens[30..]).expect("computed");
         let difference = max_difference(again, &whole[99 * vocab as usize..]);
-        assert!(difference <= 1e-4, "{name}: after going back: {difference}");
+        assert!(difference <= bound, "{name}: after going back: {difference}");
+    }
+}
+
+/// Several sequences of one model, a step of one after a step of the other: the same bits as each alone, also after one of them ended.
+#[test]
+fn sequences_side_by_side_do_not_disturb_each_other() {
+    let temporary = tempfile::tempdir().expect("created");
+    for name in names(false) {
+        let Some(model) = open_or_refused(&name, &write_safetensors(&name, temporary.path())) else { continue };
+        let vocab = model.spec().vocab_size;
+        let sequences: Vec<Vec<u32>> =
+            (0..3u32).map(|s| (0..24u32).map(|i| (i * i * 13 + i * 5 + 29 * s) % vocab).collect()).collect();
+        let alone = |tokens: &[u32]| session(&model, F32_KV).logits_all(tokens).expect("computed").into_raw_vec_and_offset().0;
+        let expected: Vec<Vec<f32>> = sequences.iter().map(|tokens| alone(tokens)).collect();
+        let mut together: Vec<Session> = sequences.iter().map(|_| session(&model, F32_KV)).collect();
+        for (i, _) in sequences[0].iter().enumerate() {
+            for (number, (s, tokens)) in together.iter_mut().zip(&sequences).enumerate() {
+                // The first sequence ends early and starts again.
+                let at = if number == 0 { i % 15 } else { i };
+                if at == 0 {
+                    s.reset();
+                }
+                let row = at * vocab as usize..(at + 1) * vocab as usize;
+                let difference = max_difference(s.decode(tokens[at]).expect("computed"), &expected[number][row]);
+                assert!(difference <= 1e-4, "{name}: sequence {number}, token {i}: {difference}");
+            }
+        }
     }
 }

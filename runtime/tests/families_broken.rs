@@ -4,32 +4,10 @@ mod family_models;
 
 use family_models::*;
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use tierwise_runtime::gguf::{Gguf, GgufWriter, Value as GgufValue};
 use tierwise_runtime::import::ModelSource;
 use tierwise_runtime::tokenizer::Tokenizer;
-
-/// A folder whose safetensors header and config are changed. One more float32 lies at the end of the data if `more`.
-fn broken(name: &str, parent: &Path, more: bool, change: impl FnOnce(&mut Value, &mut Value)) -> PathBuf {
-    let folder = write_safetensors(name, parent);
-    let read = |file: &str| std::fs::read(folder.join(file)).expect("readable");
-    let stored = read("model.safetensors");
-    let length = u64::from_le_bytes(stored[..8].try_into().expect("eight bytes")) as usize;
-    let mut header: Value = serde_json::from_slice(&stored[8..8 + length]).expect("JSON");
-    let mut config: Value = serde_json::from_slice(&read("config.json")).expect("JSON");
-    if more {
-        let end = stored.len() - 8 - length;
-        header["model.layers.0.surprise"] = json!({"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]});
-    }
-    change(&mut header, &mut config);
-    let mut text = header.to_string().into_bytes();
-    text.resize(text.len().next_multiple_of(8), b' ');
-    let all =
-        [&(text.len() as u64).to_le_bytes()[..], &text, &stored[8 + length..], &[0; 4][..if more { 4 } else { 0 }]].concat();
-    std::fs::write(folder.join("model.safetensors"), all).expect("written");
-    std::fs::write(folder.join("config.json"), config.to_string()).expect("written");
-    folder
-}
 
 fn message(path: &Path) -> String {
     ModelSource::open(path.to_str().expect("UTF-8"), None).expect_err("refused").to_string()
@@ -46,6 +24,8 @@ const TENSORS: &[(&str, &str)] = &[
     ("ernie4_5_moe-1", "mlp.moe_statics.e_score_correction_bias"),
     ("gpt_oss-1", "model.layers.0.self_attn.sinks"),
     ("gpt_oss-1", "model.layers.0.mlp.experts.gate_up_proj_bias"),
+    ("gpt_oss-mxfp4", "mlp.experts.gate_up_proj_blocks"),
+    ("gpt_oss-mxfp4", "mlp.experts.down_proj_scales"),
     ("granitemoe-1", "block_sparse_moe.router.layer.weight"),
     ("phimoe-1", "model.layers.0.input_layernorm.bias"),
     ("hunyuan_v1_moe-1", "query_layernorm.weight"),
@@ -61,7 +41,7 @@ fn missing_extra_and_misshapen_tensors_are_named() {
             tensors.keys().find(|t| t.ends_with(tensor)).unwrap_or_else(|| panic!("{name} has no {tensor}")).clone()
         };
         let mut whole = String::new();
-        let folder = broken(name, temporary.path(), false, |header, _| {
+        let folder = rewritten(name, temporary.path(), false, |header, _| {
             whole = find(header);
             let tensors = header.as_object_mut().expect("a table");
             let entry = tensors.remove(&whole).expect("found before");
@@ -70,7 +50,7 @@ fn missing_extra_and_misshapen_tensors_are_named() {
         let found = message(&folder);
         assert!(found.contains(&whole), "{name} without {whole}: {found}");
 
-        let folder = broken(name, temporary.path(), false, |header, _| {
+        let folder = rewritten(name, temporary.path(), false, |header, _| {
             let mut shape = header[&whole]["shape"].as_array().expect("a shape").clone();
             // The same number of bytes, so that only the shape is wrong.
             shape.extend([json!(1), json!(1)]);
@@ -79,7 +59,7 @@ fn missing_extra_and_misshapen_tensors_are_named() {
         let found = message(&folder);
         assert!(found.contains(&whole) && found.contains(", 1, 1]"), "{name}, {whole} of another shape: {found}");
 
-        let found = message(&broken(name, temporary.path(), true, |_, _| {}));
+        let found = message(&rewritten(name, temporary.path(), true, |_, _| {}));
         assert!(found.contains("model.layers.0.surprise"), "{name} with one more: {found}");
     }
 }
@@ -91,7 +71,7 @@ fn rope_scalings_that_nobody_knows_are_named() {
         ["deepseek_v2-1", "deepseek_v3-1", "glm4_moe-1", "minimax_m2-1", "ernie4_5_moe-1", "gpt_oss-1", "granitemoe-1"];
     for name in families.into_iter().chain(["phimoe-1", "hunyuan_v1_moe-1", "llama4-1"]) {
         for key in ["rope_scaling", "rope_parameters"] {
-            let folder = broken(name, temporary.path(), false, |_, config| {
+            let folder = rewritten(name, temporary.path(), false, |_, config| {
                 let config = config.as_object_mut().expect("a table");
                 let theta = config.get("rope_theta").cloned().unwrap_or(json!(1e4));
                 config.remove("rope_scaling");

@@ -188,7 +188,7 @@ const BROKEN: &[(&str, &str, Break, &[&str])] = &[
         "unknown architecture",
         "qwen3moe",
         |d| d.set("general.architecture", "warbler"),
-        &["\"warbler\"", "known: ", "qwen2moe, qwen3moe"],
+        &["\"warbler\"", "known: ", "qwen2moe, qwen35moe, qwen3moe"],
     ),
     ("no architecture", "qwen3moe", |d| d.remove("general.architecture"), &["general.architecture"]),
     ("missing key", "qwen3moe", |d| d.remove("qwen3moe.embedding_length"), &["qwen3moe.embedding_length"]),

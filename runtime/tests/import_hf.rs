@@ -138,7 +138,7 @@ fn windows_are_used_where_the_family_uses_them() {
 #[test]
 fn impossible_configs_are_refused_with_a_reason() {
     let cases: &[(&str, &str, Value, &[&str])] = &[
-        ("qwen3moe", "model_type", json!("gpt_neox"), &["\"gpt_neox\"", "known: ", "qwen2_moe, qwen3_moe"]),
+        ("qwen3moe", "model_type", json!("gpt_neox"), &["\"gpt_neox\"", "known: ", "qwen2_moe, qwen3_5_moe_text, qwen3_moe"]),
         ("qwen3moe", "model_type", Value::Null, &["no key model_type"]),
         ("qwen3moe", "hidden_size", Value::Null, &["no key hidden_size"]),
         ("qwen3moe", "hidden_size", json!("32"), &["hidden_size \"32\"", "whole number"]),

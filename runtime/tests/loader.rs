@@ -6,10 +6,13 @@ mod session_common;
 use session_common::*;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Instant;
+use tierwise_cost::machine::MemoryKind;
+use tierwise_cost::units::BytesPerS;
 use tierwise_planner::engine::{ExpertKey, Purpose, SlotId};
 use tierwise_runtime::RuntimeError;
 use tierwise_runtime::exec::loader::{ExpertReader, ExpertTable, FileReader, Loader, SlotBuffer};
-use tierwise_runtime::session::{IoBackend, IoOptions, Model, PageCache, Session, SessionConfig};
+use tierwise_runtime::session::{IoBackend, IoOptions, Model, PageCache, Session, SessionConfig, Throttle};
 
 const BACKENDS: [IoBackend; 2] = [IoBackend::Uring, IoBackend::Threads];
 
@@ -67,6 +70,29 @@ fn every_way_of_reading_gives_the_same_bits() {
                 }
             }
         }
+    }
+}
+
+/// A throttled disk: the bits of the run in memory by both back-ends, no faster than the rate.
+#[test]
+fn a_throttled_disk_keeps_to_its_rate() {
+    let model = open(&golden("qwen3moe").join("model-bf16.gguf"));
+    let tokens = tokens(&model, 30);
+    let run = |s: &mut Session| tokens.iter().flat_map(|t| s.decode(*t).expect("computed").to_vec()).collect::<Vec<f32>>();
+    let expected = run(&mut session(&model, F16_KV));
+    for backend in backends(&model) {
+        let plan = disk_plan(model.spec(), F16_KV, 2, |l, e| (l + e) % 2 == 0);
+        let disk = plan.plan().tiers.iter().find(|t| t.kind == MemoryKind::Disk).expect("experts on disk").memory.clone();
+        let io = IoOptions { backend, page_cache: PageCache::Use };
+        let mut s = Session::open(Arc::clone(&model), &plan, SessionConfig { io, ..SessionConfig::new(2) }).expect("opened");
+        let rate = plan.expert_bytes(plan.moe_layers()[0]).0 as f64 * 500.0;
+        let start = Instant::now();
+        s.throttle(&plan, &[Throttle { memory: disk, rate: BytesPerS(rate) }]).expect("a memory with experts");
+        assert!(run(&mut s) == expected, "{backend:?}");
+        let (seconds, slow) = (start.elapsed().as_secs_f64(), s.throttled().remove(0));
+        let loaded: u64 = s.statistics().engine.bytes_loaded_by_tier.iter().map(|b| b.0).sum();
+        assert!(slow.paid_bytes > 0 && slow.paid_bytes <= loaded, "{slow:?}, {loaded} loaded");
+        assert!(slow.paid_bytes as f64 <= seconds * rate * (1.0 + 1e-6), "{slow:?} in {seconds} s");
     }
 }
 

@@ -8,11 +8,9 @@ use session_common::*;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use tierwise_cost::model::{Attention, Ffn, Geometry};
 use tierwise_cost::recipe::Recipe;
 use tierwise_cost::units::Bytes;
 use tierwise_planner::budget;
-use tierwise_runtime::import::ModelSource;
 use tierwise_runtime::session::process::ProcessMemory;
 use tierwise_runtime::session::verify::{OVERHEAD, verify};
 use tierwise_runtime::session::{IoBackend, IoOptions, PageCache, Session, SessionConfig};
@@ -20,22 +18,6 @@ use tierwise_runtime::synth::synth;
 
 const CHILD: &str = "TIERWISE_TEST_RAM_BUDGET";
 const OPTIONS: PlanOptions = PlanOptions { context: 128, chunk: 64, ..F16_KV };
-
-/// OLMoE made small: 4 layers of 64 experts of 0.9 MB, 230 MB in all.
-fn geometry() -> Geometry {
-    let mut g = ModelSource::open("olmoe-1b-7b", None).expect("built in").geometry().clone().truncated(4);
-    (g.hidden_size, g.vocab_size, g.context_length) = (512, 2000, 256);
-    for layer in &mut g.layers {
-        if let Attention::Gqa(a) = &mut layer.attention {
-            (a.num_heads, a.num_kv_heads, a.head_dim) = (8, 8, 64);
-            a.rope.as_mut().expect("rotated").rotary_dim = 64;
-        }
-        if let Ffn::Moe(m) = &mut layer.ffn {
-            m.inner_size = 1024;
-        }
-    }
-    g
-}
 
 /// What a child does and prints: `slots backend page_cache model`; 0 slots for everything in memory.
 fn child(what: &str) {
@@ -101,7 +83,7 @@ fn resident_memory_stays_within_the_plan() {
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("model.gguf");
-    let report = synth(&geometry(), &Recipe::by_name("Q4_K_M").expect("known"), 1, &path, |_, _| {}).expect("written");
+    let report = synth(&small_olmoe(), &Recipe::by_name("Q4_K_M").expect("known"), 1, &path, |_, _| {}).expect("written");
     let experts = report.spec.expert_bytes().0;
     let mib = |v: &serde_json::Value| v.as_u64().expect("bytes") as f64 / f64::from(1 << 20);
     println!("model {:.0} MiB, of which experts {:.0} MiB", report.file_bytes as f64 / 1048576.0, experts as f64 / 1048576.0);

@@ -101,7 +101,7 @@ fn nothing_is_lost(recording: &Recording) {
             Action::Load { key, slot, .. } => *loads.entry((*key, *slot)).or_default() += 1,
             Action::Compute { experts, .. } => computed += experts.len(),
             Action::Finish { .. } => finished += 1,
-            Action::Evict { .. } | Action::Abort { .. } => {}
+            Action::Evict { .. } | Action::Allocate { .. } | Action::Release { .. } | Action::Abort { .. } => {}
         }
     }
     for (_, input) in &recording.inputs {
@@ -114,20 +114,28 @@ fn nothing_is_lost(recording: &Recording) {
                 demands += 1;
                 demanded += d.experts.len();
             }
-            Input::Begin | Input::Foreseen { .. } | Input::Computed { .. } => {}
+            Input::Begin | Input::Foreseen { .. } | Input::Computed { .. } | Input::Resize { .. } => {}
         }
     }
     assert!(loads.values().all(|n| *n == 0), "{answers} answers, open: {:?}", loads.iter().find(|(_, n)| **n != 0));
     assert_eq!((computed, finished), (demanded, demands));
 }
 
+/// In a round of runs some twenty guesses are used and as many misses filled, all of them in few of the runs: a round may have none.
+const MOST_ROUNDS: u32 = 30;
+
 #[test]
 fn recorded_runs_replay_to_the_byte() {
-    random_runs();
-    let totals = TOTALS.lock().expect("no panic");
-    println!("{totals:?}");
-    let Totals { issued, used, fills, retries } = *totals;
-    assert!(issued > 0 && used > 0 && fills > 0 && retries > 0, "the runs were to show all of these: {totals:?}");
+    for _ in 0..MOST_ROUNDS {
+        random_runs();
+        let totals = TOTALS.lock().expect("no panic");
+        println!("{totals:?}");
+        let Totals { issued, used, fills, retries } = *totals;
+        if issued > 0 && used > 0 && fills > 0 && retries > 0 {
+            return;
+        }
+    }
+    panic!("the runs were to show guesses, used ones, fills and retries: {:?}", TOTALS.lock());
 }
 
 proptest! {
@@ -166,9 +174,10 @@ proptest! {
                 let expected = compute(&mut session(&model, F16_KV), &tokens).expect("computed");
                 prop_assert!(logits == expected, "the same bits as in memory");
                 nothing_is_lost(&recording);
-                // A guess that cannot be read three times in a row is given up, unless someone waits for it.
-                let given_up = failures - s.statistics().engine.retries;
-                prop_assert!(given_up == 0 || (fatal && s.statistics().engine.prefetches_issued > 0), "{given_up}");
+                // What nobody waits for (a guess, a preload, a fill) is given up when it cannot be read three times in a row.
+                let Statistics { retries, prefetches_issued, preloads, fills, .. } = s.statistics().engine;
+                let given_up = failures - retries;
+                prop_assert!(given_up == 0 || (fatal && prefetches_issued + preloads + fills > 0), "{given_up}");
                 TOTALS.lock().expect("no panic").add(&s.statistics().engine);
             }
             Err(e) => {

@@ -4,6 +4,7 @@ mod session_common;
 
 use session_common::*;
 use std::path::Path;
+use tierwise_cost::quant::QuantFormat;
 use tierwise_runtime::gguf::Gguf;
 use tierwise_runtime::session::{Perplexity, perplexity};
 use tierwise_runtime::tokenizer::{AddSpecial, Tokenizer};
@@ -39,6 +40,14 @@ fn perplexity_agrees_with_llama_cpp() {
         assert!((p.value / theirs - 1.0).abs() < 2e-3, "{file}: {} and {theirs}", p.value);
         assert!((p.error - error).abs() < 5e-3, "{file}: {} and {error}", p.error);
     }
+}
+
+/// An 8-bit cache rounds keys and values to half of 1/127 of the largest of 32: it must not be worse than 8-bit weights are.
+#[test]
+fn an_8_bit_cache_changes_perplexity_little() {
+    let Some(folder) = tiny() else { return };
+    let p = measure(&folder, "tiny-f16.gguf", PlanOptions { kv: QuantFormat::Q8_0, ..F16_KV });
+    assert!((p.value / 33.846_518 - 1.0).abs() < 2e-3, "{p:?}");
 }
 
 #[test]

@@ -73,6 +73,10 @@ fn files_of_every_family_read_back_as_the_same_model() {
         "glm-4.5-air",
         "minimax-m2.5",
         "ernie-4.5-21b-a3b",
+        "granite-3.1-3b-a800m",
+        "hunyuan-a13b",
+        "qwen3-next-80b-a3b",
+        "qwen3.5-35b-a3b",
     ];
     for name in names {
         for tied in [false, true] {

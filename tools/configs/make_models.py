@@ -25,7 +25,7 @@ ARCHITECTURES = {  # model_type -> general.architecture of GGUF files
     "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe", "dots1": "dots1", "bailing_moe_v2": "bailingmoe2",
 }
 # GGUF architectures whose q and k rows are stored for pairs (2i, 2i + 1).
-INTERLEAVED = {"llama", "deepseek", "deepseek2", "ernie4_5-moe"}
+INTERLEAVED = {"llama", "deepseek", "deepseek2", "ernie4_5-moe", "granitemoe", "llama4"}
 # Models without a config copy: (rope_theta, norm eps, context if models.json has none), recalled or from transformers' defaults.
 RECALLED = {
     "DeepSeek-V2": (10000, 1e-6, 163840), "GLM-4.5": (1000000, 1e-5, None), "Qwen3-Next-80B-A3B-Instruct": (10000000, 1e-6, None),
@@ -49,6 +49,7 @@ class Model:
         self.h = row["hidden"]
         self.full_name = row["name"].split("/")[-1]
         self.notes = [row["note"]] if row.get("note") else []
+        self.head = {}
         recalled = RECALLED.get(self.full_name)
         if config is None:
             self.theta, self.eps, context = recalled
@@ -226,16 +227,16 @@ class Model:
         return [(sparse if on else full, moe if r else dense) for on, r in zip(s["sparse_attention_freq"], routed)]
 
     def gated_delta(self):
-        """Qwen3-Next and 3.5: three layers of gated delta net, then one of gated attention."""
-        a, r, h = self.row["linear_attention"], self.row, self.h
-        key = a["linear_num_key_heads"] * a["linear_key_head_dim"]
-        value = a["linear_num_value_heads"] * a["linear_value_head_dim"]
-        conv, heads = 2 * key + value, a["linear_num_value_heads"]
-        weights = h * (conv + 2 * value + 2 * heads) + conv * a["linear_conv_kernel_dim"] + 2 * heads + a["linear_value_head_dim"]
-        state = heads * a["linear_key_head_dim"] * a["linear_value_head_dim"] + conv * (a["linear_conv_kernel_dim"] - 1)
-        linear = self.plan_only("gated delta net", weights, 0, state)
-        gate = h * r["heads"] * r["head_dim"] + 2 * r["head_dim"]
-        full = self.gqa_sized("grouped-query attention with output gate", extra=gate)
+        """Qwen3-Next and 3.5: three layers of gated delta rule, then one of gated attention."""
+        a, r = self.row["linear_attention"], self.row
+        linear = {"kind": "delta_net", "num_key_heads": a["linear_num_key_heads"], "num_value_heads": a["linear_num_value_heads"],
+                  "key_head_dim": a["linear_key_head_dim"], "value_head_dim": a["linear_value_head_dim"],
+                  "conv_kernel": a["linear_conv_kernel_dim"]}
+        if self.type == "qwen3_next":
+            linear["fused_gates"] = True
+        else:
+            linear["value_heads"] = "tiled"
+        full = {**self.gqa("per_head", rotary=0.25), "output_gate": True}
         moe = self.moe(self.router(), sigmoid_gate=True)
         every = r["full_attention_interval"]
         return [(full if i % every == every - 1 else linear, moe) for i in range(r["layers"])]
@@ -314,11 +315,21 @@ class Model:
 
     def layers_llama4_text(self):
         c = self.config
-        local = self.gqa_sized("chunked attention", window=c["attention_chunk_size"])
-        full = self.gqa_sized("attention without positions")
-        moe, dense = self.moe(self.router("sigmoid", normalize=False)), self.dense(c["intermediate_size_mlp"])
+        local = {**self.gqa("unweighted" if c["use_qk_norm"] else None), "chunk": c["attention_chunk_size"]}
+        if c["use_qk_norm"]:
+            local["qk_norm_after_rope"] = True
+        scaling = c.get("rope_scaling")
+        if scaling:
+            self.notes = [n for n in self.notes if n != "llama3 RoPE scaling is not described"]
+            local["rope"] = {**local["rope"], "scaling": {
+                "kind": "llama3", "factor": float(scaling["factor"]), "low_freq_factor": float(scaling["low_freq_factor"]),
+                "high_freq_factor": float(scaling["high_freq_factor"]), "original_context": scaling["original_max_position_embeddings"]}}
+        # Values that transformers has where the config says nothing.
+        full = {**self.gqa(), "temperature": {"scale": c.get("attn_scale", 0.1), "period": int(c.get("floor_scale", 8192))}}
+        del full["rope"]
+        moe = {**self.moe(self.router("sigmoid", normalize=False)), "weights_on_input": True}
+        dense = self.dense(c["intermediate_size_mlp"])
         step = c["interleave_moe_layer_step"]
-        self.notes.append("the router's weight scales the expert's input; the cache of chunked attention is counted as a window")
         return [(full if i % 4 == 3 else local, moe if i % step == step - 1 else dense) for i in range(self.row["layers"])]
 
     def layers_kimi_linear(self):
@@ -381,17 +392,30 @@ class Model:
         return [(parts[kind], ffn) for kind, (_, ffn) in zip(c["layer_types"], layers)]
 
     def layers_phimoe(self):
-        r = self.row
-        biases = (r["heads"] + 2 * r["kv_heads"]) * r["head_dim"] + self.h
-        self.notes.append("SparseMixer routing and layer norms with bias are not described")
-        return self.after_dense(self.gqa_sized("grouped-query attention with output bias", extra=biases),
-                                self.moe(self.router(normalize=False)))
+        c = self.config
+        window = c.get("sliding_window")
+        part = {**self.gqa(bias=True, window=window if window and window < self.context else None), "output_bias": True}
+        scaling = c.get("rope_scaling")
+        if scaling:
+            self.notes = [n for n in self.notes if n != "longrope RoPE scaling is not described"]
+            part["rope"]["scaling"] = {
+                "kind": "long_rope", "original_context": c["original_max_position_embeddings"],
+                "short_divisors": scaling["short_factor"], "long_divisors": scaling["long_factor"],
+                "short_attention_factor": scaling["short_mscale"], "long_attention_factor": scaling["long_mscale"]}
+        self.head = {"norm": "layer", "output_bias": c["lm_head_bias"]}
+        return self.after_dense(part, self.moe(self.router("sparse_mixer", normalize=False)))
 
     layers_grinmoe = layers_phimoe
 
     def layers_granitemoe(self):
-        self.notes.append("Granite scales embedding, attention, residuals and logits")
-        return self.after_dense(self.gqa_sized("grouped-query attention with Granite's scales"), self.moe(self.router()))
+        c = self.config
+        if c is None:
+            # The published Granite 3.1 models of both sizes.
+            c = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625, "logits_scaling": 6.0}
+            self.notes.append("factors on embedding, scores, residual stream and logits from memory")
+        self.head = {"scales": {"embedding": c["embedding_multiplier"], "residual": c["residual_multiplier"],
+                                "logits": float(f"{1.0 / c['logits_scaling']:.9g}")}}
+        return self.after_dense({**self.gqa(), "scale": c["attention_multiplier"]}, self.moe(self.router()))
 
     def layers_jamba(self):
         c, h = self.config, self.h
@@ -417,9 +441,12 @@ class Model:
         return self.after_dense(self.gqa(), self.moe(self.router(bias=True)))
 
     def layers_hunyuan_v1_moe(self):
-        self.notes.append("dynamic RoPE scaling is not described")
-        norms = 2 * self.row["head_dim"]
-        return self.after_dense(self.gqa_sized("grouped-query attention with norms after RoPE", extra=norms), self.moe(self.router()))
+        part = {**self.gqa("per_head"), "qk_norm_after_rope": True}
+        # "dynamic" scaling with an alpha raises the base once for all lengths (transformers, modeling_hunyuan_v1_moe.py).
+        dim = self.row["head_dim"]
+        part["rope"]["theta"] = float(f"{part['rope']['theta'] * 1000.0 ** (dim / (dim - 2)):.9g}")
+        self.notes.append("alpha 1000 of the RoPE scaling, which is in the base, from memory")
+        return self.after_dense(part, self.moe(self.router()))
 
     def layers_dots1(self):
         return self.after_dense(self.gqa("per_head"), self.moe(self.router("sigmoid", bias=True)))
@@ -489,6 +516,7 @@ def render(model):
             "vocab_size": model.row["vocab"], "context_length": model.context, "norm_eps": model.eps}
     if model.row["tie_embeddings"]:
         head["tie_word_embeddings"] = True
+    head |= {k: v for k, v in model.head.items() if v}
     head["source"] = source
     if model.notes:
         head["note"] = "; ".join(model.notes)

@@ -1,17 +1,19 @@
 //! `tierwise bench`: prefill and decode speed like llama-bench, beside what was predicted and what the machine's memory allows.
 
 use crate::args::BenchArgs;
+use crate::control::{self, ControlSocket};
 use crate::engine_flags;
-use crate::loaded::Loaded;
+use crate::loaded::{Loaded, Wanted};
 use crate::ui::{self, Ui, number};
 use anyhow::{Result, bail};
 use serde::Serialize;
 use serde_json::json;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
-use tierwise_cost::units::Bytes;
+use tierwise_cost::units::{Bytes, BytesPerS};
 use tierwise_planner::plan::Interval;
-use tierwise_runtime::session::SessionStatistics;
+use tierwise_runtime::session::{SequenceId, Session, SessionStatistics};
 use tierwise_runtime::trace::read_routing;
 
 /// What experts on disk cost per token.
@@ -31,6 +33,9 @@ struct ExpertTraffic {
 /// One test's speeds over the repetitions.
 struct Measured {
     test: String,
+    /// Sequences computed together.
+    batch: u32,
+    /// Of all sequences together.
     tokens_per_s: Vec<f64>,
     /// Only decode has a memory limit worth the name: prefill reuses weights.
     limit_tokens_per_s: Option<f64>,
@@ -47,57 +52,99 @@ pub fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
     if longest == 0 {
         bail!("nothing to measure: give -p or -n a number above 0");
     }
-    let mut loaded = Loaded::open(&args.exec, Some(args.depth + longest), false, ui)?;
+    let batch = args.batch.iter().copied().max().unwrap_or(1);
+    let wanted = Wanted { context: Some(args.depth + longest), batch, elastic: args.control.is_some() };
+    let mut loaded = Loaded::open_with(&args.exec, wanted, |c| c, ui)?;
+    if args.control.is_some() {
+        control::end_on_interrupt()?;
+    }
+    let _control = args.control.as_deref().map(|path| ControlSocket::open(path, &loaded, ui)).transpose()?;
     if let Some(path) = &args.routing {
         let trace = Arc::new(read_routing(path)?);
         ui.note(format!("routing of {} ({}): the logits mean nothing", trace.model, path.display()));
         loaded.session.force_routing(Some((trace, 0)))?;
     }
     let vocab = loaded.session.model().spec().vocab_size;
-    let bar = ui.progress("measuring", u64::from(args.repetitions) * (prompts.len() + decodes.len()) as u64, false);
+    let counts = || prompts.iter().map(|n| (*n, false)).chain(decodes.iter().map(|n| (*n, true)));
+    let tests = args.batch.iter().flat_map(|batch| counts().map(move |(count, decode)| (*batch, count, decode)));
+    let bar = ui.progress("measuring", u64::from(args.repetitions) * tests.clone().count() as u64, false);
     let mut results = Vec::new();
-    for (count, decode) in prompts.iter().map(|n| (*n, false)).chain(decodes.iter().map(|n| (*n, true))) {
+    for (batch, count, decode) in tests {
+        let sequences = sequences(&mut loaded.session, batch)?;
         let mut tokens_per_s = Vec::new();
         let start = loaded.session.statistics();
         let mut before = start.clone();
         // One warm-up, not counted: page faults, thread start, frequency.
         for repetition in 0..=args.repetitions {
-            let tokens = random_tokens(args.depth + count, vocab, u64::from(repetition));
-            let (depth, rest) = tokens.split_at(args.depth);
+            // Other tokens in each sequence, so that experts are those of a batch.
+            let seed = |i: usize| u64::from(repetition) + 1000 * i as u64;
+            let tokens: Vec<_> = (0..sequences.len()).map(|i| random_tokens(args.depth + count, vocab, seed(i))).collect();
             if repetition == 1 {
                 before = loaded.session.statistics();
             }
-            loaded.session.reset();
-            if !depth.is_empty() {
-                loaded.session.prefill(depth)?;
+            for sequence in &sequences {
+                loaded.session.truncate_sequence(*sequence, 0)?;
+            }
+            if args.depth > 0 {
+                compute(&mut loaded.session, &sequences, &tokens, 0..args.depth)?;
             }
             let started = Instant::now();
             if decode {
-                for token in rest {
-                    loaded.session.decode(*token)?;
+                for at in args.depth..args.depth + count {
+                    compute(&mut loaded.session, &sequences, &tokens, at..at + 1)?;
                 }
             } else {
-                loaded.session.prefill(rest)?;
+                compute(&mut loaded.session, &sequences, &tokens, args.depth..args.depth + count)?;
             }
             if repetition > 0 {
-                tokens_per_s.push(count as f64 / started.elapsed().as_secs_f64());
+                tokens_per_s.push((count * sequences.len()) as f64 / started.elapsed().as_secs_f64());
                 bar.inc(1);
             }
         }
-        let limit_tokens_per_s = decode.then(|| loaded.decode_limit(args.depth + count / 2));
+        let limit_tokens_per_s = decode.then(|| loaded.batch_limit(args.depth + count / 2, batch));
         let test = format!("{}{count}", if decode { "tg" } else { "pp" });
         let predicted = match decode {
-            true => Some(loaded.predicted_decode(args.depth + count / 2)),
-            false if args.depth == 0 => Some(loaded.predicted_prefill(count)),
+            true => Some(loaded.predicted_decode(args.depth + count / 2, batch)),
+            false if args.depth == 0 && batch == 1 => Some(loaded.predicted_prefill(count)),
             false => None,
         };
         // A plan from a file may be for more memory than this machine has for plans; what was measured stands all the same.
         let predicted = predicted.and_then(|p| p.inspect_err(|e| ui.note(format!("no prediction for {test}: {e:#}"))).ok());
-        let experts = traffic(&start, &before, &loaded.session.statistics(), (args.depth + count) * args.repetitions as usize);
-        results.push(Measured { test, tokens_per_s, limit_tokens_per_s, experts, predicted });
+        let experts = traffic(
+            &start,
+            &before,
+            &loaded.session.statistics(),
+            (args.depth + count) * sequences.len() * args.repetitions as usize,
+        );
+        results.push(Measured { test, batch, tokens_per_s, limit_tokens_per_s, experts, predicted });
     }
     bar.finish_and_clear();
     print(&loaded, &results, args, ui)
+}
+
+/// As many sequences as the batch, of which the session's own is the first.
+fn sequences(session: &mut Session, batch: u32) -> Result<Vec<SequenceId>> {
+    let batch = batch as usize;
+    for added in session.sequences().into_iter().skip(batch) {
+        session.remove_sequence(added)?;
+    }
+    while session.sequences().len() < batch {
+        session.add_sequence()?;
+    }
+    Ok(session.sequences())
+}
+
+/// The tokens `at` of each sequence, all together.
+fn compute(session: &mut Session, sequences: &[SequenceId], tokens: &[Vec<u32>], at: Range<usize>) -> Result<()> {
+    match (sequences, tokens) {
+        ([_], [tokens]) if at.len() == 1 => session.decode(tokens[at.start]).map(drop)?,
+        ([_], [tokens]) => session.prefill(&tokens[at]).map(drop)?,
+        _ => {
+            let parts: Vec<(SequenceId, &[u32])> = sequences.iter().zip(tokens).map(|(s, t)| (*s, &t[at.clone()])).collect();
+            session.step(&parts).map(drop)?;
+        }
+    }
+    Ok(())
 }
 
 /// Per token between two moments, after the warm-up that began at `start`; `None` when nothing was read. Tokens of the depth are counted in.
@@ -137,11 +184,11 @@ fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Re
     let value = json!({
         "model": loaded.plan.plan().model, "device": loaded.device, "threads": loaded.threads, "depth": args.depth,
         "read_bandwidth_bytes_per_s": bandwidth.0,
-        "cost_model": loaded.cost_words(), "io": loaded.session.io(),
+        "cost_model": loaded.cost_words(), "io": loaded.session.io(), "throttled": loaded.session.throttled(),
         "predicted": { "decode_tokens_per_s": loaded.plan.plan().predicted.decode_tokens_per_s, "prefill_tokens_per_s": loaded.plan.plan().predicted.prefill_tokens_per_s },
         "engine": engine_flags::to_json(loaded.plan.plan(), &loaded.session.statistics().engine, None, None),
         "results": rows.iter().map(|(m, median, min, max)| json!({
-            "test": m.test, "tokens_per_s_median": median, "min": min, "max": max, "samples": m.tokens_per_s,
+            "test": m.test, "batch": m.batch, "tokens_per_s_median": median, "min": min, "max": max, "samples": m.tokens_per_s,
             "predicted_tokens_per_s": m.predicted, "predicted_over_measured": m.predicted.map(|p| p.value / median),
             "experts_on_disk": m.experts, "limit_tokens_per_s": m.limit_tokens_per_s, "fraction_of_limit": m.limit_tokens_per_s.map(|l| median / l),
         })).collect::<Vec<_>>(),
@@ -149,7 +196,7 @@ fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Re
     ui.result(&value, || {
         let table = rows.iter().map(|(m, median, min, max)| {
             vec![
-                m.test.clone(),
+                name(m),
                 number(*median),
                 number(*min),
                 number(*max),
@@ -166,7 +213,7 @@ fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Re
             .map(|(m, e)| {
                 format!(
                     "\n{}: per token {} read from disk, {} ms waiting for it, {} ms computing experts; {} of experts were in memory ({} in the warm-up); {} prefetches, {} of them used; {} fills",
-                    m.test,
+                    name(m),
                     Bytes(e.disk_bytes_per_token as u64),
                     number(e.waiting_s_per_token * 1e3),
                     number(e.computing_s_per_token * 1e3),
@@ -178,8 +225,14 @@ fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Re
                 )
             })
             .collect();
+        let throttled: String = loaded
+            .session
+            .throttled()
+            .iter()
+            .map(|t| format!("\nthrottled: {} gave experts at {} at most, {}", t.memory, BytesPerS(t.bytes_per_s), Bytes(t.paid_bytes)))
+            .collect();
         format!(
-            "{} ({}), {} threads, depth {}\n{}{from_disk}\npredicted by: {}\nthe limit assumes that memory reads {bandwidth} with {} threads",
+            "{} ({}), {} threads, depth {}\n{}{from_disk}{throttled}\npredicted by: {}\nthe limit assumes that memory reads {bandwidth} with {} threads",
             loaded.plan.plan().model.name,
             loaded.plan.plan().model.format,
             loaded.threads,
@@ -189,6 +242,11 @@ fn print(loaded: &Loaded, results: &[Measured], args: &BenchArgs, ui: &Ui) -> Re
             loaded.threads
         )
     })
+}
+
+/// `pp512`, or `8 x pp512` for eight sequences.
+fn name(m: &Measured) -> String {
+    if m.batch == 1 { m.test.clone() } else { format!("{} x {}", m.batch, m.test) }
 }
 
 fn median(sorted: &[f64]) -> f64 {

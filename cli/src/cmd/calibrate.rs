@@ -1,16 +1,19 @@
 //! `tierwise calibrate`: measures this machine thoroughly, so that plans for it are predictions and not guesses.
 
+use crate::args::DeviceArg;
 use crate::model;
 use crate::ui::{self, Ui, number};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tierwise_cost::machine::{Calibration, Machine, Spread};
+use tierwise_cost::machine::{Calibration, CopySample, Machine, NodeSample, Spread};
 use tierwise_cost::quant::QuantFormat;
 use tierwise_cost::units::Bytes;
 use tierwise_runtime::atomic_file::write_atomic;
-use tierwise_runtime::probe::{CalibrateOptions, Effort, calibrate};
+use tierwise_runtime::backend::open;
+use tierwise_runtime::memory;
+use tierwise_runtime::probe::{CalibrateOptions, Effort, add_device, calibrate};
 
 /// `calibrate`
 #[derive(Debug, Args)]
@@ -27,6 +30,12 @@ pub struct CalibrateArgs {
     /// Folder on the disk to measure: where models lie. Up to 512 MiB are written there and deleted.
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub folder: PathBuf,
+    /// GPU to measure beside the CPU: copies to it, products on it, its launches. auto takes the best there is, if there is one.
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+    /// GPU memory that there is, where its driver does not say (WGSL).
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<Bytes>,
     /// Measure next to nothing, for tests of this program.
     #[arg(long, hide = true, conflicts_with = "quick")]
     pub tiny: bool,
@@ -39,6 +48,11 @@ pub fn run(args: &CalibrateArgs, ui: &Ui) -> Result<()> {
     if !args.folder.is_dir() {
         bail!("--folder {}: not a folder; give the one where models lie", args.folder.display());
     }
+    // Before minutes are spent.
+    let device = match open(args.device.choice(), &model::device_options()) {
+        Ok(opened) => opened.backend,
+        Err(e) => bail!("{e}; to calibrate without it: --device cpu"),
+    };
     let output = match &args.output {
         Some(path) => path.clone(),
         None => {
@@ -65,7 +79,15 @@ pub fn run(args: &CalibrateArgs, ui: &Ui) -> Result<()> {
         bar.set_position((share * 1000.0) as u64);
     });
     bar.finish_and_clear();
-    let machine = machine?;
+    let mut machine = machine?;
+    if let Some(backend) = device {
+        let what = format!("GPU {} measured through {}", backend.info().name, backend.info().backend);
+        add_device(&mut machine, backend, args.vram)?;
+        if let Some(c) = &mut machine.calibration {
+            c.notes.retain(|n| !n.contains("GPU"));
+            c.notes.push(what);
+        }
+    }
     write_atomic(&output, machine.to_toml()?.as_bytes())?;
     let calibration = machine.calibration.as_ref().context("the calibration has samples")?;
     let noise = calibration.noise();
@@ -125,6 +147,29 @@ fn describe(machine: &Machine, c: &Calibration) -> String {
             true,
         );
         text += "\n";
+    }
+    if !c.nodes.is_empty() {
+        let row = |s: &NodeSample| {
+            let nodes = machine.memory(&s.memory).map_or_else(String::new, |m| memory::words(&m.numa_nodes));
+            let both = s
+                .contended_gb_per_s
+                .as_ref()
+                .map_or("-".into(), |[own, home]| format!("{} beside {}", spread(own), spread(home)));
+            vec![format!("{} ({nodes})", s.memory), spread(&s.gb_per_s), spread(&s.latency_ns), spread(&s.expert_gb_per_s), both]
+        };
+        let headers = ["memory on nodes", "GB/s", "latency ns", "experts GB/s", "GB/s while home memory is read"];
+        text += &format!("\n{}\n", ui::table(&headers, c.nodes.iter().map(row), true));
+    }
+    if !c.copies.is_empty() {
+        let row = |s: &CopySample| {
+            let near = match s.near {
+                Some(true) => "yes",
+                Some(false) => "no",
+                None => "unknown",
+            };
+            vec![format!("node {} ({})", s.node, s.memory), near.into(), spread(&s.gb_per_s)]
+        };
+        text += &format!("\n{}\n", ui::table(&["copies to the GPU from", "GPU's node", "GB/s"], c.copies.iter().map(row), true));
     }
     for note in &c.notes {
         text += &format!("\nnote: {note}");

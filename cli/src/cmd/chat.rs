@@ -5,6 +5,7 @@
 
 use crate::args::{ReasoningArg, RunArgs};
 use crate::cmd::run::{Generated, generate_with};
+use crate::control;
 use crate::loaded::Loaded;
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
@@ -103,14 +104,15 @@ impl Printer {
 }
 
 /// What Ctrl-C means now: during an answer it stops the answer, at the prompt the second one ends the program.
-struct Interrupt {
+pub struct Interrupt {
     stop: Arc<AtomicBool>,
     answering: Arc<AtomicBool>,
     at_prompt: Arc<AtomicUsize>,
 }
 
 impl Interrupt {
-    fn install() -> Result<Self> {
+    /// Listens from now on.
+    pub fn install() -> Result<Self> {
         let this = Self { stop: Arc::default(), answering: Arc::default(), at_prompt: Arc::default() };
         let (stop, answering, at_prompt) = (this.stop.clone(), this.answering.clone(), this.at_prompt.clone());
         ctrlc::set_handler(move || {
@@ -119,6 +121,7 @@ impl Interrupt {
             } else if at_prompt.fetch_add(1, Ordering::SeqCst) == 0 {
                 eprintln!("\n(Ctrl-C again, Ctrl-D or /exit ends)");
             } else {
+                control::remove_socket();
                 std::process::exit(130);
             }
         })
@@ -148,12 +151,11 @@ struct Chat<'a> {
 }
 
 /// The conversation, until the input ends.
-pub fn converse(args: &RunArgs, loaded: &mut Loaded, ui: &Ui) -> Result<()> {
+pub fn converse(args: &RunArgs, loaded: &mut Loaded, interrupt: &Interrupt, ui: &Ui) -> Result<()> {
     let template = template(args, loaded.tokenizer()?)?;
     let mut chat =
         Chat { args, template, system: args.system.clone(), messages: Vec::new(), cached: Vec::new(), turns: Vec::new() };
     chat.forget();
-    let interrupt = Interrupt::install()?;
     let stdin = std::io::stdin();
     let decorated = stdin.is_terminal() && !ui.json;
     if decorated {

@@ -27,11 +27,15 @@ pub fn run(args: &DemoArgs, ui: &Ui) -> Result<()> {
         chunk: 512,
         ram: None,
         vram: None,
+        cxl: None,
         kv: QuantFormat::F16,
-        device: DeviceArg::Auto,
+        device: DeviceArg::Cpu,
+        machine: None,
         io: crate::args::IoArg::Auto,
         page_cache: None,
+        weights: crate::args::WeightsArg::Map,
         isa: None,
+        throttle: Vec::new(),
     };
     ui.note(format!("bundled model: {}", file.display()));
     let mut loaded = Loaded::open(&exec, None, false, ui)?;

@@ -147,6 +147,9 @@ fn attention(a: &Attention) -> String {
             format!("{} heads, {} KV, {} wide{window}", a.num_heads, a.num_kv_heads, a.head_dim)
         }
         Attention::Mla(a) => format!("MLA, {} heads, rank {}+{}", a.num_heads, a.kv_lora_rank, a.qk_rope_head_dim),
+        Attention::DeltaNet(a) => {
+            format!("gated delta rule, {} heads, states {} x {}", a.num_value_heads, a.key_head_dim, a.value_head_dim)
+        }
         Attention::PlanOnly(m) => m.name.clone(),
     }
 }

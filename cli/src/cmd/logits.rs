@@ -7,6 +7,7 @@ use crate::ui::{Ui, number};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use tierwise_runtime::atomic_file::write_atomic;
+use tierwise_runtime::exec::route::NO_EXPERT;
 use tierwise_runtime::session::CapturedRouting;
 
 pub fn run(args: &LogitsArgs, ui: &Ui) -> Result<()> {
@@ -45,8 +46,11 @@ fn by_layer(captured: &[CapturedRouting], num_layers: usize) -> (Value, Value) {
     let mut weights = vec![Vec::new(); num_layers];
     for c in captured {
         let k = c.routing.experts_per_token;
-        experts[c.layer as usize].extend(c.routing.experts.chunks(k).map(<[u32]>::to_vec));
-        weights[c.layer as usize].extend(c.routing.weights.chunks(k).map(<[f32]>::to_vec));
+        for (ids, of_token) in c.routing.experts.chunks(k).zip(c.routing.weights.chunks(k)) {
+            let chosen = ids.iter().take_while(|e| **e != NO_EXPERT).count();
+            experts[c.layer as usize].push(ids[..chosen].to_vec());
+            weights[c.layer as usize].push(of_token[..chosen].to_vec());
+        }
     }
     (json!(experts), json!(weights))
 }

@@ -1,15 +1,19 @@
 //! One file per verb. Each turns its arguments into library calls and prints the result.
 
+pub mod balance;
 mod bench;
 pub mod calibrate;
 pub mod capacity;
 mod chat;
+pub mod control;
 pub mod convert;
 mod demo;
 mod doctor;
 mod explain;
+pub mod export;
 mod inspect;
 mod logits;
+pub mod parallel;
 mod perplexity;
 pub mod plan;
 mod plan_counts;
@@ -37,11 +41,15 @@ pub fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Plan(args) => plan::run(&args, ui),
         Command::Capacity(args) => capacity::run(&args, ui),
         Command::Simulate(args) => simulate::run(&args, ui),
+        Command::Balance(args) => balance::run(&args, ui),
+        Command::Export(args) => export::run(&args, ui),
         Command::Explain(args) => explain::run(&args, ui),
         Command::Predict(args) => predict::run(&args, ui),
         Command::Run(args) => run::run(&args, ui),
+        Command::Control(args) => control::run(&args, ui),
         Command::Verify(args) => verify::run(&args, ui),
         Command::Bench(args) => bench::run(&args, ui),
+        Command::Parallel(args) => parallel::run(&args, ui),
         Command::Logits(args) => logits::run(&args, ui),
         Command::Perplexity(args) => perplexity::run(&args, ui),
         Command::Trace(command) => trace::run(&command, ui),

@@ -12,6 +12,7 @@ use tierwise_cost::machine::ProcessorKind;
 use tierwise_cost::model::ModelSpec;
 use tierwise_planner::baselines::best_whole_layers;
 use tierwise_planner::budget::tight_ram;
+use tierwise_planner::elastic::elastic_plan;
 use tierwise_planner::evaluate::{Prices, step_seconds};
 use tierwise_planner::explain::tier_table;
 use tierwise_planner::marginal::{Marginal, marginal_values};
@@ -37,14 +38,15 @@ pub fn run(args: &PlanArgs, ui: &Ui) -> Result<()> {
         request.popularity = counted.popularity();
         counted.warn(ui);
     }
-    let mut problem = Problem::new(&spec, &machine, request)?;
+    let lay_out = if args.elastic { Problem::elastic } else { Problem::new };
+    let mut problem = lay_out(&spec, &machine, request)?;
     if let Some(warning) = tight_ram(&machine, &problem.request) {
         ui.note(warning);
     }
     problem.time_limit_s = args.planning.time_limit;
     let cost = cost_model(&machine);
     let kind = solver(args.planning.solver);
-    let mut plan = make_plan(&problem, cost.as_ref(), kind)?;
+    let mut plan = if args.elastic { elastic_plan(&problem, cost.as_ref())? } else { make_plan(&problem, cost.as_ref(), kind)? };
     if let Some(counted) = &counted {
         counted.say_where_from(&mut plan);
     }
@@ -160,6 +162,7 @@ pub(super) fn request(args: &PlanningArgs, spec: &ModelSpec) -> Result<Request> 
         Some(ObjectiveArg::Mix) => Objective::Mix,
     };
     request.slo = SloLimits { ttft: args.slo_ttft.or(request.slo.ttft), tpot: args.slo_tpot.or(request.slo.tpot) };
+    request.no_cache |= args.no_cache;
     let l = request.limits;
     request.limits = Limits {
         vram: args.vram.or(l.vram),

@@ -2,14 +2,17 @@
 
 use crate::args::{RunArgs, SamplingArgs};
 use crate::cmd::chat::{self, Printer};
-use crate::cmd::read_text;
+use crate::cmd::{read_text, verify};
+use crate::control::{self, ControlSocket};
 use crate::engine_flags;
-use crate::loaded::Loaded;
+use crate::loaded::{Loaded, Wanted};
+use crate::place;
 use crate::ui::{self, Ui, number};
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tierwise_cost::units::Bytes;
 use tierwise_runtime::chat::Message;
 use tierwise_runtime::sampler::{Sampler, SamplerConfig};
@@ -18,19 +21,28 @@ use tierwise_runtime::tokenizer::{AddSpecial, StreamDecoder};
 
 pub fn run(args: &RunArgs, ui: &Ui) -> Result<()> {
     let record = args.record.is_some();
-    let mut loaded = Loaded::open_with(&args.exec, None, |c| SessionConfig { record, ..c }, ui)?;
+    let wanted = Wanted { elastic: args.control.is_some(), ..Wanted::default() };
+    let mut loaded = Loaded::open_with(&args.exec, wanted, |c| SessionConfig { record, ..c }, ui)?;
+    if args.verify {
+        verify::check_at_start(&mut loaded, ui)?;
+    }
+    let open_control = |loaded: &Loaded| args.control.as_deref().map(|path| ControlSocket::open(path, loaded, ui)).transpose();
+    // Who listens to interrupts does so before there is a socket that one could leave behind.
     let Some(prompt) = &args.prompt else {
-        let talked = chat::converse(args, &mut loaded, ui);
+        let interrupt = chat::Interrupt::install()?;
+        let _control = open_control(&loaded)?;
+        let talked = chat::converse(args, &mut loaded, &interrupt, ui);
         keep_record(args, &loaded, ui)?;
         return talked;
     };
     let prompt = if prompt == "-" { read_text("-")? } else { prompt.clone() };
     let (tokens, mut printer) = encode(&loaded, &prompt, args)?;
-    let never = AtomicBool::new(false);
-    let generated = generate_with(&mut loaded, &tokens, &args.sampling, args.ignore_eos, &never, &mut printer, ui);
+    let stop = if args.control.is_some() { control::stop_on_interrupt()? } else { Arc::default() };
+    let control = open_control(&loaded)?;
+    let generated = generate_with(&mut loaded, &tokens, &args.sampling, args.ignore_eos, &stop, &mut printer, ui);
     keep_record(args, &loaded, ui)?;
     let generated = generated?;
-    finish(&loaded, &tokens, &generated, args.report, ui)
+    finish(&loaded, &tokens, &generated, args.report, control.as_ref(), ui)
 }
 
 /// Writes the recording if one was asked for.
@@ -72,6 +84,8 @@ pub struct Generated {
     pub seed: u64,
     pub prefill_s: f64,
     pub decode_s: f64,
+    /// When the computing of each token after the first began, and how long it took.
+    pub steps: Vec<(Instant, Duration)>,
     /// Hits and requests of experts after the prompt and after each token.
     pub served: Vec<(u64, u64)>,
     /// Why it ended: "length", "end of text", "context full", "interrupted".
@@ -116,6 +130,7 @@ pub fn generate_with(
         seed,
         prefill_s: 0.0,
         decode_s: 0.0,
+        steps: Vec::new(),
         served: Vec::new(),
         stop: "length",
     };
@@ -162,7 +177,9 @@ pub fn generate_with(
             break;
         }
         logits.clear();
+        let begun = Instant::now();
         logits.extend_from_slice(session.decode(token)?);
+        out.steps.push((begun, begun.elapsed()));
         out.served.push(served(session));
     }
     printer.push(&stream.flush().unwrap_or_default(), ui)?;
@@ -178,8 +195,11 @@ fn clock_seed() -> u64 {
 }
 
 /// The result in JSON, and the report if asked.
-fn finish(loaded: &Loaded, prompt: &[u32], g: &Generated, report: bool, ui: &Ui) -> Result<()> {
-    let value = to_json(loaded, prompt, g);
+fn finish(loaded: &Loaded, prompt: &[u32], g: &Generated, report: bool, control: Option<&ControlSocket>, ui: &Ui) -> Result<()> {
+    let mut value = to_json(loaded, prompt, g);
+    if let Some(control) = control {
+        value["control"] = control.to_json(&g.steps);
+    }
     if ui.json {
         return ui.result(&value, String::new);
     }
@@ -187,7 +207,8 @@ fn finish(loaded: &Loaded, prompt: &[u32], g: &Generated, report: bool, ui: &Ui)
         ui.note(format!("stopped: the context of {} tokens is full; raise --context", loaded.session.context()));
     }
     if report {
-        ui.note(format!("\n{}", report_text(loaded, prompt, g)));
+        let budget = control.map_or_else(String::new, |c| c.report(&g.steps));
+        ui.note(format!("\n{}{budget}", report_text(loaded, prompt, g)));
     }
     ui.detail(format!("seed {}", g.seed));
     Ok(())
@@ -232,9 +253,10 @@ pub fn to_json(loaded: &Loaded, prompt: &[u32], g: &Generated) -> Value {
         "device": loaded.device, "threads": loaded.threads,
         "prefill_tokens_per_s": rate(prompt.len(), g.prefill_s), "decode_tokens_per_s": rate(statistics.decode_tokens, g.decode_s),
         "ttft_s": g.prefill_s, "hit_rate": engine.hit_rate(), "hits": engine.hits, "misses": engine.misses, "bytes_by_link": by_tier,
-        "io": loaded.session.io(), "engine": engine_flags::to_json(loaded.plan.plan(), engine, cold, steady),
+        "device_memory": loaded.session.device_memory(), "io": loaded.session.io(), "throttled": loaded.session.throttled(), "engine": engine_flags::to_json(loaded.plan.plan(), engine, cold, steady),
         "experts_s": {
             "computing": statistics.experts.computing.as_secs_f64(), "waiting": statistics.experts.waiting.as_secs_f64(),
+            "submitting": statistics.experts.submitting.as_secs_f64(),
         },
         "predicted": {
             "decode_tokens_per_s": p.decode_tokens_per_s.value, "decode_low": p.decode_tokens_per_s.low, "decode_high": p.decode_tokens_per_s.high,
@@ -273,7 +295,7 @@ pub fn report_text(loaded: &Loaded, prompt: &[u32], g: &Generated) -> String {
         let (cold, steady) = cold_and_steady(g);
         let share = |s: Option<f64>| s.map_or_else(|| "-".into(), ui::percent);
         text += &format!(
-            "; expert cache: {} hits ({} cold, {} steady), {} read from disk",
+            "; expert cache: {} hits ({} cold, {} steady), {} loaded",
             ui::percent(e.hit_rate()),
             share(cold),
             share(steady),
@@ -284,6 +306,9 @@ pub fn report_text(loaded: &Loaded, prompt: &[u32], g: &Generated) -> String {
         if !counts.is_empty() {
             text += &format!("; {counts}");
         }
+    }
+    if let Some(memory) = loaded.session.device_memory() {
+        text += &format!("\n\n{}", place::memory_table(&memory));
     }
     text
 }

@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tierwise_planner::routing::{Columns, GeneratorSpec, Provenance, RoutingTrace, Sequence, TokenPhase, TraceStats, generate};
+use tierwise_runtime::exec::route::NO_EXPERT;
 use tierwise_runtime::session::CapturedRouting;
 use tierwise_runtime::tokenizer::AddSpecial;
 use tierwise_runtime::trace::{read_if_counts, read_routing, write_routing};
@@ -268,16 +269,21 @@ impl Recorder {
         let (tokens, k) = (first.routing.num_tokens(), first.routing.experts_per_token);
         let c = &mut self.columns;
         if captured.iter().any(|l| l.routing.num_tokens() != tokens || l.routing.experts_per_token != k)
+            || captured.windows(2).any(|pair| pair[0].layer == pair[1].layer)
             || (c.num_moe_layers != 0 && (c.num_moe_layers, c.experts_per_token) != (captured.len(), k))
         {
-            bail!("the layers of this model choose different numbers of experts; a trace holds one number for all layers");
+            bail!(
+                "the layers of this model choose different numbers of experts, or several times; a trace holds one number, once per layer"
+            );
         }
         (c.num_moe_layers, c.experts_per_token) = (captured.len(), k);
         for token in 0..tokens {
             for layer in captured {
                 let at = token * k..(token + 1) * k;
                 for (expert, weight) in layer.routing.experts[at.clone()].iter().zip(&layer.routing.weights[at]) {
-                    c.ids.push(u16::try_from(*expert).context("an expert's number fits 16 bits")?);
+                    // A token with fewer experts than others: a place that is not recorded.
+                    let expert = if *expert == NO_EXPERT { u32::from(u16::MAX) } else { *expert };
+                    c.ids.push(u16::try_from(expert).context("an expert's number fits 16 bits")?);
                     self.weights.push(*weight);
                 }
             }

@@ -1,4 +1,4 @@
-//! `tierwise verify`: is what is resident what was planned; does a recorded run replay.
+//! `tierwise verify`: is what is resident what was planned, and on which memory node; does a recorded run replay.
 
 use crate::args::ExecArgs;
 use crate::loaded::Loaded;
@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use tierwise_runtime::session::tiers::{TierReport, TierRow, tiers};
 use tierwise_runtime::session::verify::{Check, verify};
 use tierwise_runtime::session::{Model, record};
 
@@ -18,7 +19,7 @@ pub struct VerifyArgs {
     #[arg(value_name = "FILE", required = true, num_args = 1..=2)]
     pub files: Vec<String>,
     /// Replay this recorded run (`run --record FILE`) and compare the engine's actions byte for byte.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["ram", "context"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["ram", "vram", "cxl", "machine", "context"])]
     pub replay: Option<PathBuf>,
     /// Tokens to compute before looking, so that slots are filled.
     #[arg(long = "num-tokens", short = 'n', value_name = "N", default_value_t = 16)]
@@ -26,6 +27,21 @@ pub struct VerifyArgs {
     /// Host memory to use at most, without a plan.
     #[arg(long, value_name = "SIZE")]
     pub ram: Option<tierwise_cost::units::Bytes>,
+    /// GPU memory to use at most, without a plan.
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<tierwise_cost::units::Bytes>,
+    /// CXL memory to use at most, without a plan.
+    #[arg(long, value_name = "SIZE")]
+    pub cxl: Option<tierwise_cost::units::Bytes>,
+    /// How weights in host memory come from their file, as for `run`.
+    #[arg(long, value_enum, default_value_t = crate::args::WeightsArg::Map)]
+    pub weights: crate::args::WeightsArg,
+    /// Where to execute.
+    #[arg(long, value_enum, default_value_t = crate::args::DeviceArg::Auto)]
+    pub device: crate::args::DeviceArg,
+    /// Plan by this description of a machine, without a plan.
+    #[arg(long, value_name = "MACHINE")]
+    pub machine: Option<String>,
     /// Tokens of context, without a plan. [default: 4096, or the model's own if smaller]
     #[arg(long, value_name = "N")]
     pub context: Option<u32>,
@@ -58,8 +74,10 @@ pub fn run(args: &VerifyArgs, ui: &Ui) -> Result<()> {
 
 /// Loads and computes as `run` would, then looks.
 fn compare(args: &VerifyArgs, plan: Option<PathBuf>, model: &str, ui: &Ui) -> Result<()> {
-    if plan.is_some() && (args.ram.is_some() || args.context.is_some()) {
-        bail!("--ram and --context are the plan's: leave them out, or leave out the plan");
+    if plan.is_some()
+        && (args.ram.is_some() || args.vram.is_some() || args.cxl.is_some() || args.machine.is_some() || args.context.is_some())
+    {
+        bail!("--ram, --vram, --cxl, --machine and --context are the plan's: leave them out, or leave out the plan");
     }
     let exec = ExecArgs {
         model: model.to_string(),
@@ -68,13 +86,17 @@ fn compare(args: &VerifyArgs, plan: Option<PathBuf>, model: &str, ui: &Ui) -> Re
         context: args.context,
         chunk: 512,
         ram: args.ram,
-        vram: None,
+        vram: args.vram,
+        cxl: args.cxl,
         kv: tierwise_cost::quant::QuantFormat::F16,
-        device: crate::args::DeviceArg::Auto,
+        device: args.device,
+        machine: args.machine.clone(),
         engine: args.engine.clone(),
         io: args.io,
         page_cache: args.page_cache,
+        weights: args.weights,
         isa: None,
+        throttle: Vec::new(),
     };
     let mut loaded = Loaded::open(&exec, Some(args.num_tokens), false, ui)?;
     let count = args.num_tokens.min(loaded.session.context());
@@ -87,21 +109,66 @@ fn compare(args: &VerifyArgs, plan: Option<PathBuf>, model: &str, ui: &Ui) -> Re
         loaded.session.decode(*token)?;
     }
     let checks = verify(&mut loaded.session, &loaded.plan)?;
-    let wrong = checks.iter().filter(|c| !c.ok).count();
-    let value = json!({ "checks": checks, "tokens": count, "io": loaded.session.io(), "ok": wrong == 0 });
+    let tiers = tiers(&mut loaded.session, &loaded.plan);
+    let text = |c: &Check| format!("{}: planned {}, found {}", c.name, c.planned, c.found);
+    let mut wrong: Vec<String> = checks.iter().filter(|c| !c.ok).map(text).collect();
+    wrong.extend(tiers.wrong());
+    let value = json!({
+        "checks": checks, "tiers": tiers.rows, "tier_checks": tiers.checks, "notes": tiers.notes, "tokens": count,
+        "io": loaded.session.io(), "ok": wrong.is_empty(),
+    });
     ui.result(&value, || {
-        format!("{}\n\nafter {count} tokens: {}", table(&checks), if wrong == 0 { "all as planned" } else { "NOT as planned" })
+        let verdict = if wrong.is_empty() { "all as planned" } else { "NOT as planned" };
+        format!("{}\n\n{}\n\nafter {count} tokens: {verdict}", table(&checks), tier_text(&tiers))
     })?;
-    match checks.iter().find(|c| !c.ok) {
+    match wrong.first() {
         None => Ok(()),
-        Some(first) => bail!(
-            "{wrong} of {} checks failed; first: {}: planned {}, found {}",
-            checks.len(),
-            first.name,
-            first.planned,
-            first.found
-        ),
+        Some(first) => {
+            bail!("{} of {} checks failed; first: {first}", wrong.len(), checks.len() + tiers.rows.len() + tiers.checks.len())
+        }
     }
+}
+
+/// Looks where the bytes of a session are before it computes, for `run --verify`.
+pub fn check_at_start(loaded: &mut Loaded, ui: &Ui) -> Result<()> {
+    let report = tiers(&mut loaded.session, &loaded.plan);
+    ui.note(tier_text(&report));
+    let wrong = report.wrong();
+    match wrong.first() {
+        None => Ok(()),
+        Some(first) => bail!("{} placements are not as planned; first: {first}", wrong.len()),
+    }
+}
+
+/// Where bytes are by memory and use, cross-checks and notes.
+fn tier_text(report: &TierReport) -> String {
+    let row = |r: &TierRow| {
+        let nodes = match r.nodes.as_slice() {
+            [] => "any".to_string(),
+            nodes => nodes.iter().map(u32::to_string).collect::<Vec<_>>().join(", "),
+        };
+        let found: Vec<String> = r.found.iter().map(|(place, bytes)| format!("{place}: {bytes}")).collect();
+        vec![
+            r.memory.clone(),
+            r.what.clone(),
+            nodes,
+            r.planned.to_string(),
+            r.there.to_string(),
+            r.elsewhere.to_string(),
+            r.absent.to_string(),
+            found.join(", "),
+            if r.ok { "ok" } else { "WRONG" }.to_string(),
+        ]
+    };
+    let headers = ["memory", "what", "nodes", "planned", "there", "elsewhere", "not resident", "found", ""];
+    let mut text = ui::table(&headers, report.rows.iter().map(row), false);
+    if !report.checks.is_empty() {
+        text += &format!("\n\n{}", table(&report.checks));
+    }
+    for note in &report.notes {
+        text += &format!("\nnote: {note}");
+    }
+    text
 }
 
 fn table(checks: &[Check]) -> String {

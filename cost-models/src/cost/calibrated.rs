@@ -8,7 +8,7 @@
 
 use super::curve::{Curve, Reading, Span};
 use super::{CostModel, Estimate, EstimateSource, Roofline, Work};
-use crate::machine::{Calibration, Link, Machine, Memory, Processor, Source};
+use crate::machine::{Calibration, Link, Machine, Memory, Processor, Source, Spread};
 use crate::quant::QuantFormat;
 use crate::units::Bytes;
 
@@ -75,6 +75,8 @@ pub struct Calibrated {
     small: Curve,
     /// Disk, its curve of seconds over bytes per read.
     disk: Option<(String, Curve)>,
+    /// Memories measured on their nodes: 10^9 bytes of experts' weights and of anything per second.
+    nodes: Vec<(String, Spread, Spread)>,
     /// Share by which interpolated values may be off besides the samples' own spread.
     interpolation_error: f64,
     /// For people: what was measured, what was not.
@@ -88,7 +90,7 @@ impl Calibrated {
     /// # Panics
     /// If the machine was not checked: a checked calibration has samples of everything.
     pub fn new(machine: &Machine, c: &Calibration) -> Self {
-        let us = |s: &crate::machine::Spread, per: f64| Span::of(s).times(1e-6 / per);
+        let us = |s: &Spread, per: f64| Span::of(s).times(1e-6 / per);
         let experts = tables(c.experts.iter().map(|s| {
             let elements = 3.0 * f64::from(s.hidden) * f64::from(s.inner) * s.distinct;
             (s.format, s.tokens, s.distinct, us(&s.us, elements))
@@ -124,6 +126,7 @@ impl Calibrated {
             attention: Curve::new(attention).expect("a checked calibration has samples of attention"),
             small: Curve::new(small).expect("a checked calibration has samples of small operations"),
             disk: disk_curve(c),
+            nodes: c.nodes.iter().map(|s| (s.memory.clone(), s.expert_gb_per_s, s.gb_per_s)).collect(),
             interpolation_error: errors.get(errors.len() / 2).copied().unwrap_or(0.1),
             roofline: Roofline::default(),
         }
@@ -211,7 +214,7 @@ fn unmeasured(machine: &Machine, c: &Calibration) -> Vec<String> {
     let memories = machine
         .processor(&c.processor)
         .into_iter()
-        .flat_map(|p| p.computes_from.iter().filter(|m| **m != c.memory))
+        .flat_map(|p| p.computes_from.iter().filter(|m| **m != c.memory && c.nodes.iter().all(|s| s.memory != **m)))
         .map(|m| format!("{} read by {} (roofline)", m, c.processor));
     let links = machine
         .links
@@ -258,6 +261,17 @@ impl CostModel for Calibrated {
             return here;
         }
         // Another memory of the same processor: as fast as the measured one, or bound by its own rate.
+        if let Some((_, weights, reads)) = self.nodes.iter().find(|n| n.0 == from.id) {
+            let seconds = |of_weights: f64, of_reads: f64| {
+                work.weight_bytes.0 as f64 / (of_weights * 1e9) + work.kv_bytes.0 as f64 / (of_reads * 1e9)
+            };
+            return Estimate {
+                seconds: here.seconds.max(seconds(weights.median, reads.median)),
+                low: here.low.max(seconds(weights.max, reads.max)),
+                high: here.high.max(seconds(weights.min, reads.min)),
+                source: here.source,
+            };
+        }
         let bytes = Work { weight_bytes: work.weight_bytes, kv_bytes: work.kv_bytes, ..Work::default() };
         let there = self.roofline.compute(p, from, bytes, 0);
         Estimate {

@@ -13,7 +13,8 @@ pub use calibrated::Calibrated;
 pub use gpu_moe::{MoeFit, MoeShape, moe_fits, moe_formats, moe_layer_seconds, moe_layer_seconds_of};
 pub use roofline::{HostCopies, Range, Roofline};
 pub use work::{
-    ByFormat, LayerWork, MatrixWork, StepWork, Work, expected_distinct, op_work, step_limit, step_limit_at, step_work,
+    ByFormat, LayerWork, MatrixWork, StepWork, Work, expected_distinct, expected_distinct_of, op_work, step_limit, step_limit_at,
+    step_work,
 };
 
 use crate::machine::{Link, Machine, Memory, Processor, Source};

@@ -240,6 +240,23 @@ mod calibrated {
     }
 
     #[test]
+    fn memories_on_nodes_cost_what_was_measured_there() {
+        use crate::machine::tests::{NODES, with_cxl};
+        let m = Machine::from_toml(&format!("{}{CALIBRATION}{NODES}", with_cxl())).unwrap();
+        let model = cost_model(&m);
+        assert!(!model.describe().contains("cxl0"), "{}", model.describe());
+        let (cpu, cxl) = (m.processor("cpu0").unwrap(), m.memory("cxl0").unwrap());
+        // 3.1875 MB at 10 (8 to 12.5) GB/s is slower than the 300 (270 to 360) us that they take from the home memory.
+        let e = model.compute(cpu, cxl, experts(3e6, 1.0, 1.0), 16);
+        let seconds = |gb_per_s: f64| 3.1875e6 / gb_per_s / 1e9;
+        assert!((e.seconds - seconds(10.0)).abs() < 1e-9 && (e.high - seconds(8.0)).abs() < 1e-9, "{e:?}");
+        assert!((e.low - 270e-6).abs() < 1e-9 && e.source == EstimateSource::Measured, "the fastest run is bound at home: {e:?}");
+        // With many tokens arithmetic decides, as at home.
+        let work = experts(3e6, 16.0, 4.0);
+        assert_eq!(model.compute(cpu, cxl, work, 16).seconds, model.compute(cpu, m.memory("dram0").unwrap(), work, 16).seconds);
+    }
+
+    #[test]
     fn a_whole_model_has_a_price_between_its_ends() {
         let spec = qwen("Q4_K_M");
         for batch in [Batch::decode(500), Batch::prefill(300, 0)] {

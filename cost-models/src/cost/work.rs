@@ -5,7 +5,7 @@
 //! stay in caches or are small beside the weights; their elements are, because norms, rotations and sums take time of their own.
 
 use crate::machine::Machine;
-use crate::model::{Attention, Ffn, ModelSpec, Moe, QkNorm, TensorId, TensorRole, TensorSpec};
+use crate::model::{Attention, Ffn, ModelSpec, Moe, QkNorm, RoleGroup, TensorId, TensorRole, TensorSpec};
 use crate::op::{Batch, Op, OpKind};
 use crate::quant::QuantFormat;
 use crate::units::{Bytes, BytesPerS, Seconds};
@@ -68,6 +68,25 @@ impl std::ops::AddAssign for ByFormat {
 }
 
 impl Work {
+    /// The same so many times; of the same experts.
+    #[must_use]
+    fn scaled(self, times: f64) -> Self {
+        if times == 1.0 {
+            return self;
+        }
+        let bytes = |b: Bytes| Bytes((b.0 as f64 * times).round() as u64);
+        let matrices = ByFormat(self.matrices.0.map(|m| MatrixWork { bytes: m.bytes * times, flops: m.flops * times }));
+        Self {
+            weight_bytes: bytes(self.weight_bytes),
+            kv_bytes: bytes(self.kv_bytes),
+            flops: self.flops * times,
+            matrices,
+            attention_flops: self.attention_flops * times,
+            activations: self.activations * times,
+            distinct: self.distinct,
+        }
+    }
+
     /// All bytes read.
     pub fn bytes(&self) -> Bytes {
         self.weight_bytes + self.kv_bytes
@@ -134,7 +153,13 @@ impl StepWork {
 
 /// Expected number of distinct experts that `tokens` tokens reach, `experts_per_token` of `num_experts` each, uniform and independent.
 pub fn expected_distinct(num_experts: u32, experts_per_token: u32, tokens: u32) -> f64 {
-    let (e, k) = (f64::from(num_experts), f64::from(experts_per_token.min(num_experts)));
+    expected_distinct_of(num_experts, f64::from(experts_per_token), tokens)
+}
+
+/// The same of a number of experts per token that varies: by its mean, as if every token had that many.
+pub fn expected_distinct_of(num_experts: u32, mean_choices: f64, tokens: u32) -> f64 {
+    let e = f64::from(num_experts);
+    let k = mean_choices.min(e);
     // One token reaches exactly k: spared the rounding of 1 - (1 - k/E).
     if tokens == 1 { k } else { e * (1.0 - (1.0 - k / e).powf(f64::from(tokens))) }
 }
@@ -155,7 +180,10 @@ pub fn op_work(spec: &ModelSpec, op: &Op, batch: Batch, kv_format: QuantFormat) 
         OpKind::LayerNorm { weight: w, bias, .. } => weight(w) + weight(bias),
         OpKind::RmsNorm { weight: w, .. } => weight(w),
         OpKind::QkNorm { weight: w, .. } => w.iter().map(weight).sum(),
-        OpKind::Route { weight: w, bias, selection_bias, .. } => weight(w) + bias.iter().chain(selection_bias).map(weight).sum(),
+        OpKind::Route { weight: w, bias, selection_bias, moe, .. } => {
+            let all = weight(w) + bias.iter().chain(selection_bias).map(weight).sum();
+            all.scaled(1.0 / f64::from(moe.iterations))
+        }
         OpKind::LatentAttention { kv_norm, k_b, v_b, .. } => {
             let attention = op.layer.map_or_else(Work::default, |l| attention_work(spec, l, batch, kv_format));
             attention + [kv_norm, k_b, v_b].into_iter().map(weight).sum()
@@ -168,13 +196,23 @@ pub fn op_work(spec: &ModelSpec, op: &Op, batch: Batch, kv_format: QuantFormat) 
             };
             [gate, up, down].into_iter().map(of_experts).sum::<Work>() + biases.iter().flatten().map(weight).sum()
         }
+        OpKind::DeltaRule { conv, dt_bias, decay, norm, .. } => {
+            let states = op.layer.map_or_else(Work::default, |l| attention_work(spec, l, batch, kv_format));
+            states + [conv, dt_bias, decay, norm].into_iter().map(weight).sum()
+        }
         OpKind::Attention { sinks, .. } => {
             op.layer.map_or_else(Work::default, |l| attention_work(spec, l, batch, kv_format)) + sinks.iter().map(weight).sum()
         }
         // No weights and few operations beside the matrices; their elements are counted with attention and with the norms.
-        OpKind::Rope { .. } | OpKind::Scale { .. } | OpKind::Temper(_) | OpKind::AddDelta { .. } | OpKind::SelectRows => {
-            Work::default()
-        }
+        OpKind::Rope { .. }
+        | OpKind::Scale { .. }
+        | OpKind::Temper(_)
+        | OpKind::SplitGate { .. }
+        | OpKind::GateAttended
+        | OpKind::AddDelta { .. }
+        | OpKind::InnerResidual
+        | OpKind::NextIteration
+        | OpKind::SelectRows => Work::default(),
     }
 }
 
@@ -195,18 +233,26 @@ pub fn step_work(spec: &ModelSpec, batch: Batch, kv_format: QuantFormat) -> Step
         let layer = &mut step.layers[l as usize];
         match &spec.layers[l as usize].ffn {
             Ffn::Moe(moe) if t.role.is_routed_expert() => {
-                layer.routed += routed_work(t, moe, rows);
-                layer.active_experts = expected_distinct(moe.num_experts, moe.experts_per_token, rows);
-                let share = f64::from(rows) * f64::from(moe.experts_per_token) / layer.active_experts.max(1e-9);
-                let bytes = t.bytes.0 / t.shape[0];
+                // Every iteration is a demand of its own and reads its experts anew.
+                let times = f64::from(moe.iterations);
+                layer.routed += routed_work(t, moe, rows).scaled(times);
+                layer.active_experts =
+                    expected_distinct_of(moe.num_experts, moe.mean_choices(), rows.saturating_mul(moe.iterations));
+                let share = times * f64::from(rows) * moe.mean_choices() / layer.active_experts.max(1e-9);
+                let once = expected_distinct_of(moe.num_experts, moe.mean_choices(), rows);
+                let reads = if moe.iterations == 1 { 1.0 } else { times * once / layer.active_experts.max(1e-9) };
+                let bytes = reads * (t.bytes.0 / t.shape[0]) as f64;
                 let flops = 2.0 * share * (t.elements() / t.shape[0]) as f64;
                 layer.expert += Work {
-                    weight_bytes: Bytes(bytes),
+                    weight_bytes: Bytes(bytes.round() as u64),
                     flops,
-                    matrices: ByFormat::one(t.format, bytes as f64, flops),
+                    matrices: ByFormat::one(t.format, bytes, flops),
                     distinct: layer.active_experts,
                     ..Work::default()
                 };
+            }
+            Ffn::Moe(moe) if t.role.is_expert_bias() || t.role.group() == RoleGroup::SharedExperts => {
+                layer.resident += tensor_work(t, rows).scaled(f64::from(moe.iterations));
             }
             _ => layer.resident += tensor_work(t, rows),
         }
@@ -266,7 +312,7 @@ fn rows_of(spec: &ModelSpec, t: &TensorSpec, batch: Batch) -> u32 {
 /// A tensor read once and applied to `rows` rows: two operations per element of a matrix, four per element of a norm.
 fn tensor_work(t: &TensorSpec, rows: u32) -> Work {
     use TensorRole as R;
-    let is_matrix = t.shape.len() >= 2 && !t.role.is_expert_bias();
+    let is_matrix = t.shape.len() >= 2 && !t.role.is_elementwise();
     let flops = if is_matrix { 2.0 } else { 4.0 } * t.elements() as f64 * f64::from(rows);
     let per_row = match t.role {
         // The norm and the residual sum before it (before the first norm: the embedding's rows).
@@ -292,10 +338,10 @@ fn embed_work(t: &TensorSpec, batch: Batch) -> Work {
 
 /// A tensor of routed experts: the distinct slices are read, every row meets `experts_per_token` of them.
 fn routed_work(t: &TensorSpec, moe: &Moe, rows: u32) -> Work {
-    let distinct = expected_distinct(moe.num_experts, moe.experts_per_token, rows);
+    let distinct = expected_distinct_of(moe.num_experts, moe.mean_choices(), rows);
     let per_expert = (t.elements() / t.shape[0]) as f64;
     let bytes = distinct * (t.bytes.0 / t.shape[0]) as f64;
-    let flops = 2.0 * f64::from(rows) * f64::from(moe.experts_per_token) * per_expert;
+    let flops = 2.0 * f64::from(rows) * moe.mean_choices() * per_expert;
     Work {
         weight_bytes: Bytes(bytes.round() as u64),
         flops,
@@ -311,9 +357,11 @@ fn attention_work(spec: &ModelSpec, layer: u32, batch: Batch, kv_format: QuantFo
     let new = f64::from(batch.tokens) / f64::from(sequences);
     let length = u64::from(batch.past) + u64::from(batch.tokens.div_ceil(sequences));
     let (window, flops_per_pair) = match &spec.layers[layer as usize].attention {
-        Attention::Gqa(a) => (a.sliding_window, 4.0 * f64::from(a.num_heads) * f64::from(a.head_dim)),
+        Attention::Gqa(a) => (a.reach(), 4.0 * f64::from(a.num_heads) * f64::from(a.head_dim)),
         // Queries absorbed into the latent space: scores over rank + rotated width, sums over the rank.
         Attention::Mla(a) => (None, 2.0 * f64::from(a.num_heads) * f64::from(2 * a.kv_lora_rank + a.qk_rope_head_dim)),
+        // Every token decays the states, reads them twice and writes them once, whatever came before.
+        Attention::DeltaNet(a) => (Some(1), 7.0 * f64::from(a.value_dim()) * f64::from(a.key_head_dim)),
         // Known only by its size: at least one multiply-add per cached element.
         Attention::PlanOnly(m) => (m.sliding_window, 2.0 * m.kv_elements_per_token as f64),
     };
@@ -325,13 +373,17 @@ fn attention_work(spec: &ModelSpec, layer: u32, batch: Batch, kv_format: QuantFo
         Attention::Gqa(a) => {
             let (q, k) = (f64::from(a.num_heads) * f64::from(a.head_dim), f64::from(a.num_kv_heads) * f64::from(a.head_dim));
             let passes = if a.qk_norm == QkNorm::None { 1.0 } else { 2.0 };
-            passes * (q + k) + k
+            // The gate's rows are split off, and multiplied by.
+            let gate = if a.output_gate { 2.0 * q } else { 0.0 };
+            passes * (q + k) + k + gate
         }
         // Besides: queries in the latent space, and attention's results there.
         Attention::Mla(a) => {
             let width = f64::from(a.kv_lora_rank + a.qk_rope_head_dim);
             width + f64::from(a.num_heads) * (width + f64::from(a.kv_lora_rank))
         }
+        // Convolved and normed, then the result normed and gated.
+        Attention::DeltaNet(a) => 2.0 * f64::from(a.channels()) + 2.0 * f64::from(a.value_dim()),
         Attention::PlanOnly(_) => spec.kv_bytes_of_layer(layer, 1, QuantFormat::F32).0 as f64 / 4.0,
     };
     let flops = flops_per_pair * visible * f64::from(batch.tokens);

@@ -152,6 +152,41 @@ pub struct DiskSample {
     pub gb_per_s: Spread,
 }
 
+/// One memory of a machine with several, measured where its pages were bound to its nodes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeSample {
+    /// Id of the memory.
+    pub memory: String,
+    /// Threads that read and computed, all of them.
+    pub threads: u32,
+    /// Reading with the float dot product, 10^9 bytes per second.
+    pub gb_per_s: Spread,
+    /// A load that waits for the one before (pointer chase), in nanoseconds.
+    pub latency_ns: Spread,
+    /// Routed experts at one token each, computed from this memory: 10^9 bytes of weights per second.
+    pub expert_gb_per_s: Spread,
+    /// While as many threads read the home memory as read this one: 10^9 bytes per second of this memory and of the home memory.
+    /// Absent for the home memory itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contended_gb_per_s: Option<[Spread; 2]>,
+}
+
+/// Copying from one node of host memory into the GPU's, where there are several nodes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CopySample {
+    /// The node.
+    pub node: u32,
+    /// Id of the memory that it is, or is part of.
+    pub memory: String,
+    /// The GPU hangs on this node; absent where the firmware does not say, or of several GPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub near: Option<bool>,
+    /// 10^9 bytes per second.
+    pub gb_per_s: Spread,
+}
+
 /// All samples of one run of `calibrate`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -191,6 +226,12 @@ pub struct Calibration {
     /// By depth and block; empty when the disk was not measured.
     #[serde(default)]
     pub disk: Vec<DiskSample>,
+    /// By memory, in the machine's order; empty where host memory is one node or not bound to nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<NodeSample>,
+    /// By node; empty without a GPU, or where host memory is one node. Plans price by the links, which say the same by memory.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copies: Vec<CopySample>,
 }
 
 impl Calibration {
@@ -221,7 +262,11 @@ impl Calibration {
             self.small.iter().map(|s| format!("{} {}", s.elements, s.us.median)).collect(),
             self.disk.iter().map(|s| format!("{} {} {}", s.depth, s.block, s.gb_per_s.median)).collect(),
         ];
-        let rows: Vec<String> = rows.into_iter().map(|list| list.join(",")).collect();
+        let mut rows: Vec<String> = rows.into_iter().map(|list| list.join(",")).collect();
+        if !self.nodes.is_empty() {
+            let node = |s: &NodeSample| format!("{} {} {}", s.memory, s.gb_per_s.median, s.expert_gb_per_s.median);
+            rows.push(self.nodes.iter().map(node).collect::<Vec<_>>().join(","));
+        }
         format!("{} {} {} {:?} {}", self.threads, self.processor, self.memory, self.disk_memory, rows.join(";"))
     }
 
@@ -265,6 +310,7 @@ impl Calibration {
         if let Some((part, found)) = self.launch_us.fault() {
             return bad(&format!("launch_us.{part}"), found, SPREAD);
         }
+        self.check_nodes(machine)?;
         // (list, may be empty, keys and spread of each sample)
         let lists: [(&str, bool, Vec<Row<'_>>); 6] = [
             (
@@ -371,6 +417,44 @@ impl Calibration {
                         "samples ascending by their keys",
                     );
                 }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Calibration {
+    /// Memories that there are, each once, with numbers that can be.
+    fn check_nodes(&self, machine: &Machine) -> Result<(), CostError> {
+        let bad = |field: String, found: String, expected: &str| {
+            let field = format!("calibration.nodes{field}");
+            Err(CostError::BadMachine { machine: machine.name.clone(), field, found, expected: expected.to_string() })
+        };
+        for (i, s) in self.nodes.iter().enumerate() {
+            if machine.memory(&s.memory).is_none() || self.nodes[..i].iter().any(|o| o.memory == s.memory) {
+                return bad(format!("[{i}].memory"), format!("{:?}", s.memory), "the id of one of the memories, each once");
+            }
+            if s.threads == 0 {
+                return bad(format!("[{i}].threads"), "0".into(), "at least 1");
+            }
+            let own = [("gb_per_s", &s.gb_per_s), ("latency_ns", &s.latency_ns), ("expert_gb_per_s", &s.expert_gb_per_s)];
+            let contended = s.contended_gb_per_s.iter().flatten().map(|spread| ("contended_gb_per_s", spread));
+            for (name, spread) in own.into_iter().chain(contended) {
+                if let Some((part, found)) = spread.fault() {
+                    return bad(format!("[{i}].{name}.{part}"), found, SPREAD);
+                }
+            }
+        }
+        for (i, s) in self.copies.iter().enumerate() {
+            let bad = |field: &str, found: String, expected: &str| {
+                let field = format!("calibration.copies[{i}].{field}");
+                Err(CostError::BadMachine { machine: machine.name.clone(), field, found, expected: expected.to_string() })
+            };
+            if machine.memory(&s.memory).is_none() {
+                return bad("memory", format!("{:?}", s.memory), "the id of one of the memories");
+            }
+            if let Some((part, found)) = s.gb_per_s.fault() {
+                return bad(&format!("gb_per_s.{part}"), found, SPREAD);
             }
         }
         Ok(())

@@ -2,12 +2,14 @@
 //!
 //! Everything later may rely on: names that resolve, finite positive rates, a CPU with host memory, no memory out of reach.
 
-use super::{Machine, MemoryKind, ProcessorKind};
+use super::{Machine, Memory, MemoryKind, ProcessorKind};
 use crate::error::CostError;
 use std::collections::HashSet;
 
 /// More than any machine has: catches "24 TiB" for "24 GiB" before sums overflow.
 const MAX_MEMORY_BYTES: u64 = 1 << 52;
+/// The most that Linux can be built for (`CONFIG_NODES_SHIFT` is at most 10).
+const MAX_NUMA_NODE: u32 = 1023;
 
 impl Machine {
     /// Checks that every reference resolves, every number is possible and every memory can be used.
@@ -38,6 +40,7 @@ impl Machine {
             }
             self.rate(field("read_bandwidth"), m.read_bandwidth.value.0)?;
             self.span(field("latency"), m.latency.value.0)?;
+            self.check_nodes(m)?;
         }
         for p in &self.processors {
             self.check_processor(p)?;
@@ -81,6 +84,21 @@ impl Machine {
             }
         }
         self.calibration.as_ref().map_or(Ok(()), |c| c.check(self))
+    }
+
+    /// Nodes are of host memory, ascending.
+    fn check_nodes(&self, m: &Memory) -> Result<(), CostError> {
+        let bad = |found: String, expected: &str| {
+            let field = format!("memory {} numa_nodes", m.id);
+            Err(CostError::BadMachine { machine: self.name.clone(), field, found, expected: expected.to_string() })
+        };
+        if !m.numa_nodes.is_empty() && !matches!(m.kind, MemoryKind::Dram | MemoryKind::Cxl) {
+            return bad(format!("nodes of {}", m.kind.name()), "none: only dram and cxl are nodes of the system");
+        }
+        if !m.numa_nodes.is_sorted_by(|a, b| a < b) || m.numa_nodes.iter().any(|n| *n > MAX_NUMA_NODE) {
+            return bad(format!("{:?}", m.numa_nodes), "ascending numbers of nodes from 0 to 1023");
+        }
+        Ok(())
     }
 
     fn check_processor(&self, p: &super::Processor) -> Result<(), CostError> {

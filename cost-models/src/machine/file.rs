@@ -35,6 +35,9 @@ impl Machine {
             out.sourced("capacity", &m.capacity)?;
             out.sourced("read_bandwidth", &m.read_bandwidth)?;
             out.sourced("latency", &m.latency)?;
+            if !m.numa_nodes.is_empty() {
+                out.field("numa_nodes", &m.numa_nodes)?;
+            }
         }
         for p in &self.processors {
             out.table("processor");
@@ -96,7 +99,11 @@ impl Writer {
         self.list("matmuls", &c.matmuls)?;
         self.list("attention", &c.attention)?;
         self.list("small", &c.small)?;
-        self.list("disk", &c.disk)
+        self.list("disk", &c.disk)?;
+        if !c.nodes.is_empty() {
+            self.list("nodes", &c.nodes)?;
+        }
+        if c.copies.is_empty() { Ok(()) } else { self.list("copies", &c.copies) }
     }
 
     /// One item per line.

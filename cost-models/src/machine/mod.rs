@@ -7,8 +7,12 @@
 mod calibration;
 mod check;
 mod file;
+mod shared;
+mod throttled;
 
-pub use calibration::{AttentionSample, Calibration, DiskSample, ExpertSample, MatmulSample, ReadSample, SmallSample, Spread};
+pub use calibration::{
+    AttentionSample, Calibration, CopySample, DiskSample, ExpertSample, MatmulSample, NodeSample, ReadSample, SmallSample, Spread,
+};
 
 use crate::model::Fnv;
 use crate::units::{Bytes, BytesPerS, FlopsPerS, Seconds};
@@ -115,6 +119,10 @@ pub struct Memory {
     pub read_bandwidth: Sourced<BytesPerS>,
     /// Time to the first byte.
     pub latency: Sourced<Seconds>,
+    /// The operating system's NUMA nodes that it is: several when cards or sockets are striped. Absent where the machine has one
+    /// node, or is described without looking at it; the runtime then leaves bytes where the system puts them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numa_nodes: Vec<u32>,
 }
 
 /// What kind of processor.
@@ -307,6 +315,10 @@ impl Machine {
         let mut hash = Fnv::new();
         for m in &self.memories {
             hash.add(&format!("memory {} {:?} {:?}", m.id, m.kind, (m.capacity.value, m.read_bandwidth.value, m.latency.value)));
+            // Descriptions without nodes keep the fingerprint that they had before there were any.
+            if !m.numa_nodes.is_empty() {
+                hash.add(&format!("nodes {:?}", m.numa_nodes));
+            }
         }
         for p in &self.processors {
             let rates = (p.f32_flops.value, p.f16_flops.as_ref().map(|r| r.value), p.int8_ops.as_ref().map(|r| r.value));

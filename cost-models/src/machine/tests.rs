@@ -75,6 +75,27 @@ fn fingerprint_follows_numbers_and_not_notes() {
     assert_ne!(a.fingerprint(), slower.fingerprint());
 }
 
+/// SMALL's main memory on these nodes.
+fn on_nodes(nodes: &str) -> String {
+    SMALL.replacen("latency = { value = \"81 ns\"", &format!("numa_nodes = {nodes}\nlatency = {{ value = \"81 ns\""), 1)
+}
+
+#[test]
+fn nodes_read_back_and_count_in_the_fingerprint() {
+    let plain = Machine::from_toml(SMALL).unwrap();
+    let placed = Machine::from_toml(&on_nodes("[0, 2]")).unwrap();
+    assert_eq!(placed.memories[0].numa_nodes, [0, 2]);
+    assert_eq!(Machine::from_toml(&placed.to_toml().unwrap()).unwrap(), placed);
+    assert_eq!(Machine::from_toml(&on_nodes("[]")).unwrap().fingerprint(), plain.fingerprint());
+    assert_ne!(placed.fingerprint(), plain.fingerprint());
+    for wrong in ["[2, 0]", "[0, 0]", "[1024]"] {
+        let message = Machine::from_toml(&on_nodes(wrong)).unwrap_err().to_string();
+        assert!(message.contains("dram0 numa_nodes"), "{wrong}: {message}");
+    }
+    let of_vram = SMALL.replacen("latency = { value = \"500 ns\"", "numa_nodes = [1]\nlatency = { value = \"500 ns\"", 1);
+    assert!(Machine::from_toml(&of_vram).unwrap_err().to_string().contains("vram0 numa_nodes"));
+}
+
 #[test]
 fn routes_of_two_hops_run_at_the_slower_one() {
     let with_disk = format!(
@@ -185,6 +206,49 @@ fn calibrations_read_back_equal_and_count_in_the_fingerprint() {
     assert_eq!(with("max = 360.0", "max = 380.0"), same, "the interval changes no plan");
     assert_ne!(with("median = 300.0", "median = 301.0"), same);
     assert_ne!(with("threads = 8\nkernels", "threads = 4\nkernels"), same);
+}
+
+/// Samples of memories on nodes, to be put behind CALIBRATION.
+pub(crate) const NODES: &str = r#"nodes = [
+  { memory = "dram0", threads = 8, gb_per_s = { median = 40.0, min = 38.0, max = 41.0, runs = 3 }, latency_ns = { median = 90.0, min = 88.0, max = 99.0, runs = 3 }, expert_gb_per_s = { median = 30.0, min = 28.0, max = 31.0, runs = 3 } },
+  { memory = "cxl0", threads = 8, gb_per_s = { median = 20.0, min = 19.0, max = 21.0, runs = 3 }, latency_ns = { median = 250.0, min = 240.0, max = 300.0, runs = 3 }, expert_gb_per_s = { median = 10.0, min = 8.0, max = 12.5, runs = 3 }, contended_gb_per_s = [{ median = 15.0, min = 14.0, max = 16.0, runs = 3 }, { median = 30.0, min = 29.0, max = 31.0, runs = 3 }] },
+]
+"#;
+
+/// SMALL with CXL memory of which its CPU computes.
+pub(crate) fn with_cxl() -> String {
+    let cxl = r#"
+[[memory]]
+id = "cxl0"
+kind = "cxl"
+capacity = { value = "32 GiB", source = "datasheet" }
+read_bandwidth = { value = "25 GB/s", source = "datasheet" }
+latency = { value = "250 ns", source = "prior" }
+numa_nodes = [1]
+"#;
+    format!("{SMALL}{cxl}").replacen("computes_from = [\"dram0\"]", "computes_from = [\"dram0\", \"cxl0\"]", 1)
+}
+
+#[test]
+fn samples_of_nodes_read_back_and_are_checked() {
+    let text = format!("{}{CALIBRATION}{NODES}", with_cxl());
+    let machine = Machine::from_toml(&text).unwrap();
+    assert_eq!(Machine::from_toml(&machine.to_toml().unwrap()).unwrap(), machine);
+    assert_ne!(Machine::from_toml(&format!("{}{CALIBRATION}", with_cxl())).unwrap().fingerprint(), machine.fingerprint());
+    let cases = [
+        ("memory = \"cxl0\", threads", "memory = \"cxl9\", threads", "nodes[1].memory"),
+        ("memory = \"cxl0\", threads", "memory = \"dram0\", threads", "nodes[1].memory"),
+        ("memory = \"cxl0\", threads = 8", "memory = \"cxl0\", threads = 0", "nodes[1].threads"),
+        ("median = 250.0", "median = -250.0", "nodes[1].latency_ns.median"),
+        ("median = 15.0", "median = nan", "nodes[1].contended_gb_per_s.median"),
+        ("min = 8.0", "min = 11.0", "nodes[1].expert_gb_per_s.median"),
+    ];
+    for (from, to, words) in cases {
+        let changed = text.replacen(from, to, 1);
+        assert_ne!(changed, text, "{from}");
+        let message = Machine::from_toml(&changed).expect_err(words).to_string();
+        assert!(message.contains(words), "{words}: {message}");
+    }
 }
 
 #[test]

@@ -12,6 +12,8 @@ pub enum Attention {
     Gqa(Gqa),
     /// Multi-head latent attention (DeepSeek-V2 and later).
     Mla(Mla),
+    /// A state per head under the gated delta rule (Qwen3-Next, Qwen3.5).
+    DeltaNet(DeltaNet),
     /// A kind that can be planned for but not run: linear attention, state-space layers, sparse variants.
     PlanOnly(PlanOnlyMixer),
 }
@@ -59,6 +61,9 @@ pub struct Gqa {
     /// Queries grow with the logarithm of their position (Llama-4's layers without rotation).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<Temperature>,
+    /// The result is multiplied by the sigmoid of a projection, which lies with the queries', head by head (Qwen3-Next).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub output_gate: bool,
 }
 
 impl Gqa {
@@ -79,7 +84,13 @@ impl Gqa {
             scale: None,
             softcap: None,
             temperature: None,
+            output_gate: false,
         }
+    }
+
+    /// How many positions a token sees at most, if not all: those of its window or chunk.
+    pub fn reach(&self) -> Option<u32> {
+        self.sliding_window.into_iter().chain(self.chunk).min()
     }
 }
 
@@ -226,6 +237,71 @@ pub struct Mla {
     /// Factor on the products of queries and keys; absent: `1 / sqrt(qk_nope_head_dim + qk_rope_head_dim)`. YaRN models multiply that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<f32>,
+}
+
+/// Gated delta rule (Gated DeltaNet, arXiv 2412.06464): a causal convolution, then a state per value head that decays and is
+/// corrected by every token; nothing grows with the context.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeltaNet {
+    /// Heads of queries and keys; divides `num_value_heads`.
+    pub num_key_heads: u32,
+    /// Heads of values, each with a state.
+    pub num_value_heads: u32,
+    /// Width of a query or key head.
+    pub key_head_dim: u32,
+    /// Width of a value head.
+    pub value_head_dim: u32,
+    /// Positions that the convolution sees.
+    pub conv_kernel: u32,
+    /// Projections of beta and of the decay are one matrix: per key head first the one, then the other (Qwen3-Next).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub fused_gates: bool,
+    /// Which value heads share a key head. A property of how the weights are stored, not of the maths.
+    #[serde(default, skip_serializing_if = "ValueHeads::is_grouped")]
+    pub value_heads: ValueHeads,
+}
+
+/// Which value heads share a key head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ValueHeads {
+    /// Neighbours.
+    #[default]
+    Grouped,
+    /// Those with the same remainder after division by the number of key heads (GGUF files of Qwen3.5).
+    Tiled,
+}
+
+impl ValueHeads {
+    fn is_grouped(&self) -> bool {
+        *self == Self::Grouped
+    }
+}
+
+impl DeltaNet {
+    /// Width of all value heads.
+    pub const fn value_dim(&self) -> u32 {
+        self.num_value_heads.saturating_mul(self.value_head_dim)
+    }
+
+    /// Channels of the convolution: queries, keys and values.
+    pub const fn channels(&self) -> u32 {
+        self.num_key_heads.saturating_mul(self.key_head_dim).saturating_mul(2).saturating_add(self.value_dim())
+    }
+
+    /// Elements kept per sequence, in float32: the states, and the convolution's inputs before the next position.
+    pub const fn state_elements(&self) -> u64 {
+        let states = self.value_dim() as u64 * self.key_head_dim as u64;
+        states + (self.conv_kernel as u64).saturating_sub(1) * self.channels() as u64
+    }
+
+    /// With one value head per key head there is one order.
+    #[must_use]
+    pub fn canonical(self) -> Self {
+        let value_heads = if self.num_key_heads == self.num_value_heads { ValueHeads::Grouped } else { self.value_heads };
+        Self { value_heads, ..self }
+    }
 }
 
 /// A mixing part known only by its sizes.

@@ -1,6 +1,7 @@
 //! Byte counts: sums over the tensor table and the cache geometry.
 
 use super::{Attention, Ffn, ModelSpec, RoleGroup, TensorRole};
+use crate::cost::expected_distinct_of;
 use crate::quant::QuantFormat;
 use crate::units::Bytes;
 
@@ -92,7 +93,9 @@ impl ModelSpec {
             return 1.0 / f64::from(self.vocab_size);
         }
         match (t.role.is_routed_expert(), t.layer.map(|l| &self.layers[l as usize].ffn)) {
-            (true, Some(Ffn::Moe(m))) => f64::from(m.experts_per_token) / f64::from(m.num_experts),
+            (true, Some(Ffn::Moe(m))) => {
+                expected_distinct_of(m.num_experts, m.mean_choices(), m.iterations) / f64::from(m.num_experts)
+            }
             _ => 1.0,
         }
     }
@@ -100,14 +103,16 @@ impl ModelSpec {
     /// Bytes of keys and values that `context` tokens of one sequence occupy in layer `layer`.
     pub fn kv_bytes_of_layer(&self, layer: u32, context: u64, format: QuantFormat) -> Bytes {
         let (elements, window) = match &self.layers[layer as usize].attention {
-            Attention::Gqa(a) => (2 * u64::from(a.num_kv_heads) * u64::from(a.head_dim), a.sliding_window),
+            Attention::Gqa(a) => (2 * u64::from(a.num_kv_heads) * u64::from(a.head_dim), a.reach()),
             Attention::Mla(a) => (u64::from(a.kv_lora_rank) + u64::from(a.qk_rope_head_dim), None),
+            Attention::DeltaNet(_) => (0, None),
             Attention::PlanOnly(m) => (m.kv_elements_per_token, m.sliding_window),
         };
         let tokens = window.map_or(context, |w| context.min(u64::from(w)));
         let l = format.layout();
         let state = match &self.layers[layer as usize].attention {
             Attention::PlanOnly(m) => m.state_elements * 4,
+            Attention::DeltaNet(a) => a.state_elements() * 4,
             Attention::Gqa(_) | Attention::Mla(_) => 0,
         };
         Bytes(tokens * elements * u64::from(l.bytes) / u64::from(l.elems) + state)

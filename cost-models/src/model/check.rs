@@ -1,6 +1,6 @@
 //! Which sizes are possible.
 
-use super::{Activation, Attention, Ffn, Geometry, Rope, RopeScaling, RouterScore};
+use super::{Activation, Attention, Ffn, Geometry, Moe, Rope, RopeScaling, RouterScore, Selection};
 use crate::error::CostError;
 
 impl Geometry {
@@ -68,6 +68,16 @@ impl Geometry {
                     }
                     a.rope.check(&field("rope"), a.qk_rope_head_dim).or_else(|(f, found, expected)| bad(f, found, &expected))?;
                 }
+                Attention::DeltaNet(a) => {
+                    range(&field("num_key_heads"), a.num_key_heads, 4096)?;
+                    range(&field("num_value_heads"), a.num_value_heads, 4096)?;
+                    range(&field("key_head_dim"), a.key_head_dim, 4096)?;
+                    range(&field("value_head_dim"), a.value_head_dim, 4096)?;
+                    range(&field("conv_kernel"), a.conv_kernel, 256)?;
+                    if !a.num_value_heads.is_multiple_of(a.num_key_heads) {
+                        return bad(field("num_key_heads"), a.num_key_heads.to_string(), "a divisor of num_value_heads");
+                    }
+                }
                 Attention::PlanOnly(m) => {
                     // 2^40 elements is more than any whole model has; sums over 4096 such layers still fit 64 bits.
                     for (name, value) in [
@@ -101,6 +111,7 @@ impl Geometry {
                             "finite numbers, a positive limit",
                         );
                     }
+                    m.check_number_of_experts(&field("")).or_else(|(f, found, expected)| bad(f, found, expected))?;
                     if m.router.score == RouterScore::SparseMixer && m.experts_per_token != 2 {
                         return bad(field("experts_per_token"), m.experts_per_token.to_string(), "2, as this routing rule says");
                     }
@@ -125,6 +136,31 @@ impl Geometry {
                 }
                 Ffn::None => {}
             }
+        }
+        Ok(())
+    }
+}
+
+impl Moe {
+    /// `Err((field, found, expected))` when a varying number of experts, or repeated ones, make no sense.
+    fn check_number_of_experts(&self, field: &str) -> Result<(), (String, String, &'static str)> {
+        if self.iterations == 0 || self.iterations > 64 {
+            return Err((format!("{field}iterations"), self.iterations.to_string(), "1 to 64"));
+        }
+        if let Some(mean) = self.mean_experts_per_token.filter(|m| !(*m >= 1.0 && *m <= self.experts_per_token as f32)) {
+            return Err((format!("{field}mean_experts_per_token"), mean.to_string(), "1 to experts_per_token"));
+        }
+        let number = match self.router.selection {
+            Selection::TopK => return Ok(()),
+            Selection::TopP { p: number } | Selection::Threshold { min_score: number } => number,
+        };
+        if !(number > 0.0 && number <= 1.0) {
+            return Err((format!("{field}router selection"), number.to_string(), "a number above 0, up to 1"));
+        }
+        let r = &self.router;
+        if r.selection_bias || r.groups.is_some() || !matches!(r.score, RouterScore::Softmax | RouterScore::Sigmoid) {
+            let expected = "softmax or sigmoid scores without selection bias and groups";
+            return Err((format!("{field}router selection"), format!("{:?} of a rule with other parts", r.selection), expected));
         }
         Ok(())
     }
@@ -159,7 +195,12 @@ impl Rope {
             Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }) => {
                 positive("factor", *factor)?;
                 positive("low_freq_factor", *low_freq_factor)?;
-                positive("high_freq_factor - low_freq_factor", high_freq_factor - low_freq_factor)?;
+                // Equal ones, as Llama-4 has them, leave nothing to interpolate.
+                positive("high_freq_factor", *high_freq_factor)?;
+                if high_freq_factor < low_freq_factor {
+                    let expected = format!("at least low_freq_factor, {low_freq_factor}");
+                    return Err((format!("{field} scaling high_freq_factor"), high_freq_factor.to_string(), expected));
+                }
                 positive("original_context", *original_context as f32)
             }
             Some(RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor, .. }) => {

@@ -33,8 +33,17 @@ pub struct DenseFfn {
 pub struct Moe {
     /// Routed experts.
     pub num_experts: u32,
-    /// Experts each token goes to.
+    /// Experts each token goes to; the most of them where the router's [`Selection`] lets their number vary.
     pub experts_per_token: u32,
+    /// How many they are on average, where it varies: what costs are computed with. Absent: as many as can be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean_experts_per_token: Option<f32>,
+    /// How often the part is applied, each time with a router of its own, to its own result (Chain-of-Experts, arXiv 2506.18945).
+    #[serde(default = "once", skip_serializing_if = "is_once")]
+    pub iterations: u32,
+    /// An iteration adds to what it is given instead of replacing it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub inner_residual: bool,
     /// Inner width of one expert.
     pub inner_size: u32,
     /// Gate matrix present: SwiGLU; else two matrices.
@@ -68,6 +77,9 @@ impl Moe {
         Self {
             num_experts,
             experts_per_token,
+            mean_experts_per_token: None,
+            iterations: 1,
+            inner_residual: false,
             inner_size,
             gated: true,
             activation: Activation::Silu,
@@ -79,6 +91,19 @@ impl Moe {
             parallel_dense_inner_size: None,
         }
     }
+
+    /// Experts of a token in one iteration, on average.
+    pub fn mean_choices(&self) -> f64 {
+        self.mean_experts_per_token.map_or_else(|| f64::from(self.experts_per_token), f64::from)
+    }
+}
+
+const fn once() -> u32 {
+    1
+}
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_once(n: &u32) -> bool {
+    *n == 1
 }
 
 /// What happens between the gate and up projections and the down projection of a gated network.
@@ -139,6 +164,9 @@ pub struct Router {
     /// What a group of experts is worth in that choice.
     #[serde(default, skip_serializing_if = "GroupScore::is_default")]
     pub group_score: GroupScore,
+    /// How many of the best experts a token gets.
+    #[serde(default, skip_serializing_if = "Selection::is_top_k")]
+    pub selection: Selection,
 }
 
 impl Router {
@@ -152,7 +180,33 @@ impl Router {
             selection_bias: false,
             groups: None,
             group_score: GroupScore::Top2Sum,
+            selection: Selection::TopK,
         }
+    }
+}
+
+/// How many of the best experts a token gets: always one, never more than the layer's experts per token.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Selection {
+    /// As many as the layer's experts per token.
+    #[default]
+    TopK,
+    /// Until their scores sum to `p` (dynamic routing, arXiv 2403.07652).
+    TopP {
+        /// The sum that is enough.
+        p: f32,
+    },
+    /// Those whose score is not below a threshold (a number per token up to a maximum per layer, as in DynaMoE, arXiv 2603.01697).
+    Threshold {
+        /// The threshold.
+        min_score: f32,
+    },
+}
+
+impl Selection {
+    fn is_top_k(&self) -> bool {
+        *self == Self::TopK
     }
 }
 

@@ -11,9 +11,11 @@ mod file;
 mod runnable;
 mod tensors;
 
-pub use attention::{Attention, Gqa, Mla, PlanOnlyMixer, QkNorm, Rope, RopePairing, RopeScaling, Temperature};
+pub use attention::{
+    Attention, DeltaNet, Gqa, Mla, PlanOnlyMixer, QkNorm, Rope, RopePairing, RopeScaling, Temperature, ValueHeads,
+};
 pub use bytes::{LayerBytes, RoleBytes};
-pub use ffn::{Activation, DenseFfn, Ffn, GroupScore, Moe, Router, RouterScore, SharedExperts};
+pub use ffn::{Activation, DenseFfn, Ffn, GroupScore, Moe, Router, RouterScore, Selection, SharedExperts};
 pub use tensors::{RoleGroup, TensorId, TensorRole, TensorShape, TensorSpec, tensor_shapes};
 
 use crate::error::CostError;

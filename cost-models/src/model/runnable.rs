@@ -7,7 +7,7 @@ impl ModelSpec {
     pub fn plan_only_reason(&self) -> Option<String> {
         for (i, layer) in self.layers.iter().enumerate() {
             match &layer.attention {
-                Attention::Gqa(_) | Attention::Mla(_) => {}
+                Attention::Gqa(_) | Attention::Mla(_) | Attention::DeltaNet(_) => {}
                 Attention::PlanOnly(m) => return Some(format!("layer {i}: {} can be planned but not run", m.name)),
             }
             match &layer.ffn {

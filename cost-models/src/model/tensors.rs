@@ -2,7 +2,7 @@
 //!
 //! Names are those of GGUF files. Importers check files against this list, `synth` writes it, planning sums it.
 
-use super::{Attention, Ffn, Geometry, Gqa, Mla, Moe, NormKind, QkNorm};
+use super::{Attention, DeltaNet, Ffn, Geometry, Gqa, Mla, Moe, NormKind, QkNorm};
 use crate::error::CostError;
 use crate::quant::QuantFormat;
 use crate::units::Bytes;
@@ -43,6 +43,17 @@ pub enum TensorRole {
     AttentionKvANorm,
     AttentionKB,
     AttentionVB,
+    /// Gated delta rule: queries, keys and values, the gate of the result, the projections to beta and decay (or both in one), the
+    /// convolution, bias and rate of the decay, the norm of the result.
+    DeltaQkv,
+    DeltaGate,
+    DeltaBeta,
+    DeltaAlpha,
+    DeltaBetaAlpha,
+    DeltaConv,
+    DeltaDtBias,
+    DeltaDecay,
+    DeltaNorm,
     /// Weights of a mixing part known only by its size.
     PlanOnlyMixer,
     FfnNorm,
@@ -127,6 +138,7 @@ impl TensorRole {
             | Self::AttentionKNorm
             | Self::AttentionQANorm
             | Self::AttentionKvANorm
+            | Self::DeltaNorm
             | Self::FfnNorm => RoleGroup::Norms,
             Self::AttentionQ
             | Self::AttentionK
@@ -142,6 +154,14 @@ impl TensorRole {
             | Self::AttentionKvA
             | Self::AttentionKB
             | Self::AttentionVB
+            | Self::DeltaQkv
+            | Self::DeltaGate
+            | Self::DeltaBeta
+            | Self::DeltaAlpha
+            | Self::DeltaBetaAlpha
+            | Self::DeltaConv
+            | Self::DeltaDtBias
+            | Self::DeltaDecay
             | Self::PlanOnlyMixer => RoleGroup::Attention,
             // Experts' biases are small and stay with the router, wherever the experts themselves go.
             Self::Router
@@ -159,6 +179,28 @@ impl TensorRole {
     /// A vector per routed expert; it stays in memory wherever the expert's matrices go.
     pub const fn is_expert_bias(self) -> bool {
         matches!(self, Self::ExpertGateBias | Self::ExpertUpBias | Self::ExpertDownBias)
+    }
+
+    /// Stored in two dimensions, used element by element: kept in plain floats.
+    pub const fn is_elementwise(self) -> bool {
+        self.is_expert_bias() || matches!(self, Self::DeltaConv)
+    }
+
+    /// A part of a gated delta rule.
+    pub const fn is_delta(self) -> bool {
+        use TensorRole as R;
+        matches!(
+            self,
+            R::DeltaQkv
+                | R::DeltaGate
+                | R::DeltaBeta
+                | R::DeltaAlpha
+                | R::DeltaBetaAlpha
+                | R::DeltaConv
+                | R::DeltaDtBias
+                | R::DeltaDecay
+                | R::DeltaNorm
+        )
     }
 
     /// One slice of the outermost dimension belongs to one routed expert that is placed.
@@ -241,6 +283,7 @@ pub fn tensor_shapes(g: &Geometry) -> Vec<TensorShape> {
         match &layer.attention {
             Attention::Gqa(a) => push_gqa(&mut t, l, g, a),
             Attention::Mla(a) => push_mla(&mut t, l, h, a),
+            Attention::DeltaNet(a) => push_delta(&mut t, l, h, a),
             // Hybrid models have layers that only mix and layers that only transform.
             Attention::PlanOnly(m) if m.weight_elements == 0 => {}
             Attention::PlanOnly(m) => {
@@ -297,7 +340,7 @@ fn push_gqa(t: &mut Table, l: Option<u32>, g: &Geometry, a: &Gqa) {
     if g.norm == NormKind::Layer {
         t.push(l, "attn_norm.bias", R::AttentionNormBias, &[h]);
     }
-    t.push(l, "attn_q.weight", R::AttentionQ, &[q, h]);
+    t.push(l, "attn_q.weight", R::AttentionQ, &[if a.output_gate { 2 * q } else { q }, h]);
     t.push(l, "attn_k.weight", R::AttentionK, &[kv, h]);
     t.push(l, "attn_v.weight", R::AttentionV, &[kv, h]);
     if a.qkv_bias {
@@ -342,6 +385,25 @@ fn push_mla(t: &mut Table, l: Option<u32>, h: u32, a: &Mla) {
     t.push(l, "attn_output.weight", R::AttentionOutput, &[h, a.num_heads * a.v_head_dim]);
 }
 
+fn push_delta(t: &mut Table, l: Option<u32>, h: u32, a: &DeltaNet) {
+    use TensorRole as R;
+    let heads = a.num_value_heads;
+    t.push(l, "attn_norm.weight", R::AttentionNorm, &[h]);
+    t.push(l, "attn_qkv.weight", R::DeltaQkv, &[a.channels(), h]);
+    t.push(l, "attn_gate.weight", R::DeltaGate, &[a.value_dim(), h]);
+    if a.fused_gates {
+        t.push(l, "ssm_ba.weight", R::DeltaBetaAlpha, &[2 * heads, h]);
+    } else {
+        t.push(l, "ssm_beta.weight", R::DeltaBeta, &[heads, h]);
+        t.push(l, "ssm_alpha.weight", R::DeltaAlpha, &[heads, h]);
+    }
+    t.push(l, "ssm_conv1d.weight", R::DeltaConv, &[a.channels(), a.conv_kernel]);
+    t.push(l, "ssm_dt.bias", R::DeltaDtBias, &[heads]);
+    t.push(l, "ssm_a", R::DeltaDecay, &[heads]);
+    t.push(l, "ssm_norm.weight", R::DeltaNorm, &[a.value_head_dim]);
+    t.push(l, "ssm_out.weight", R::AttentionOutput, &[h, a.value_dim()]);
+}
+
 fn push_dense(t: &mut Table, l: Option<u32>, h: u32, inner: u32, gated: bool) {
     use TensorRole as R;
     if gated {
@@ -355,12 +417,13 @@ fn push_moe(t: &mut Table, l: Option<u32>, h: u32, m: &Moe) {
     use TensorRole as R;
     let (e, inner) = (m.num_experts, m.inner_size);
     let width = m.latent_size.unwrap_or(h);
-    t.push(l, "ffn_gate_inp.weight", R::Router, &[e, h]);
+    // One router after the other.
+    t.push(l, "ffn_gate_inp.weight", R::Router, &[m.iterations * e, h]);
     if m.router.bias {
-        t.push(l, "ffn_gate_inp.bias", R::RouterLogitBias, &[e]);
+        t.push(l, "ffn_gate_inp.bias", R::RouterLogitBias, &[m.iterations * e]);
     }
     if m.router.selection_bias {
-        t.push(l, "exp_probs_b.bias", R::RouterBias, &[e]);
+        t.push(l, "exp_probs_b.bias", R::RouterBias, &[m.iterations * e]);
     }
     if let Some(latent) = m.latent_size {
         t.push(l, "ffn_latent_down.weight", R::LatentDown, &[latent, h]);

@@ -139,9 +139,16 @@ fn uses_every_weight_once(spec: &ModelSpec) {
             }
             OpKind::Ffn { gate, up, down, sigmoid_gate, .. } => [*gate, *up, *down].into_iter().chain(*sigmoid_gate).collect(),
             OpKind::Attention { sinks, .. } => sinks.iter().copied().collect(),
-            OpKind::Rope { .. } | OpKind::Scale { .. } | OpKind::Temper(_) | OpKind::AddDelta { .. } | OpKind::SelectRows => {
-                vec![]
-            }
+            OpKind::DeltaRule { conv, dt_bias, decay, norm, .. } => vec![*conv, *dt_bias, *decay, *norm],
+            OpKind::Rope { .. }
+            | OpKind::Scale { .. }
+            | OpKind::Temper(_)
+            | OpKind::SplitGate { .. }
+            | OpKind::GateAttended
+            | OpKind::AddDelta { .. }
+            | OpKind::InnerResidual
+            | OpKind::NextIteration
+            | OpKind::SelectRows => vec![],
         };
         for id in ids {
             uses[id.0 as usize] += 1;

@@ -199,6 +199,7 @@ impl Study {
             limits,
             popularity: d.popularity,
             slo: d.slo,
+            no_cache: d.no_cache,
         }
     }
 

@@ -8,7 +8,7 @@ use crate::engine::TierId;
 use crate::error::PlanError;
 use serde::{Deserialize, Serialize};
 use tierwise_cost::cost::{ByFormat, CostModel, Work, step_work};
-use tierwise_cost::machine::{Link, Machine, Memory, Processor};
+use tierwise_cost::machine::{Link, Machine, Memory, MemoryKind, Processor};
 use tierwise_cost::model::{Ffn, ModelSpec};
 use tierwise_cost::op::{Batch, lower};
 use tierwise_cost::units::{Bytes, Nanos, Seconds};
@@ -46,6 +46,17 @@ impl TokenTime {
     }
 }
 
+/// Times of an expert that is planned beside another processor and streamed to the main one for a prompt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamTime {
+    /// Computed by the main processor.
+    pub compute: TokenTime,
+    /// Copied to it.
+    pub copy: Nanos,
+    /// What one copy takes from the reading of the processor at home.
+    pub contended: Nanos,
+}
+
 /// Times of the experts of one layer that are planned in one tier.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TierTime {
@@ -57,6 +68,33 @@ pub struct TierTime {
     pub copy: Nanos,
     /// What one copy takes from the reading of the processor at home.
     pub contended: Nanos,
+    /// What one copy takes from reads of its memory by a processor whose home that is not: a CPU that computes from CXL memory. The
+    /// simulator's; decisions go without.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub shared_reads: Nanos,
+    /// What one copy takes of the way into a GPU that it shares with copies over other links. The simulator's.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub port: Nanos,
+    /// One expert, streamed; absent where it is not: prompts are computed in place, or it is where the main processor computes anyway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub streamed: Option<StreamTime>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+const fn is_none(time: &Nanos) -> bool {
+    time.0 == 0
+}
+
+impl TierTime {
+    /// One expert, copied to where the main processor computes: into a slot, or streamed.
+    pub fn copy(&self) -> Nanos {
+        self.streamed.as_ref().map_or(self.copy, |s| s.copy)
+    }
+
+    /// What one copy takes from the reading of the processor at home.
+    pub fn contended(&self) -> Nanos {
+        self.streamed.as_ref().map_or(self.contended, |s| s.contended)
+    }
 }
 
 /// Times of one layer.
@@ -94,6 +132,9 @@ pub struct EngineCosts {
     pub links: Vec<LinkId>,
     /// Index into `links`, by tier; `None` where nothing is copied.
     pub link_of_tier: Vec<Option<u32>>,
+    /// Prompts are streamed: the plan says so and has the slots for it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub streams: bool,
 }
 
 impl EngineCosts {
@@ -124,7 +165,8 @@ impl EngineCosts {
             .enumerate()
             .map(|(i, e)| if i == 0 { Ok(Nanos(0)) } else { Ok(Seconds(cost.sync(maker.processor(&e.id)?).seconds).to_nanos()) })
             .collect::<Result<Vec<_>, PlanError>>()?;
-        Ok(Self { layers, outside_decode, outside_prefill, sync, links, link_of_tier })
+        let streams = plan.streaming_slots() > 0;
+        Ok(Self { layers, outside_decode, outside_prefill, sync, links, link_of_tier, streams })
     }
 
     /// Whether these are times of `plan`: they may come from a file.
@@ -154,7 +196,11 @@ impl EngineCosts {
         for layer in &self.layers {
             same("tiers of a layer", layer.tiers.len(), tiers)?;
             curves.extend([&layer.before_decode, &layer.before_prefill]);
-            curves.extend(layer.tiers.iter().flat_map(|t| std::iter::once(&t.compute).chain(&t.at_home)));
+            for tier in &layer.tiers {
+                curves.push(&tier.compute);
+                curves.extend(&tier.at_home);
+                curves.extend(tier.streamed.as_ref().map(|s| &s.compute));
+            }
         }
         if let Some(curve) = curves.into_iter().find(|c| !c.is_valid()) {
             return bad("times", format!("{:?}", curve.0), "numbers of tokens from 1 on, ascending");
@@ -199,8 +245,13 @@ impl Maker<'_> {
 
     /// The physical link of a tier: the last hop into the slots' memory.
     fn link(&self, tier: &crate::plan::Tier, links: &mut Vec<LinkId>) -> Result<Option<u32>, PlanError> {
-        let Some(through) = &tier.through else { return Ok(None) };
-        let route = self.route(&tier.memory, through)?;
+        let route = match &tier.through {
+            Some(through) => self.route(&tier.memory, through)?,
+            None => match self.streaming_route(tier) {
+                Some(route) => route,
+                None => return Ok(None),
+            },
+        };
         let last = self.machine.links.iter().find(|l| l.to == route.to);
         let direct = self.machine.link(&route.from, &route.to).or(last).unwrap_or(&route);
         let id = LinkId { from: direct.from.clone(), to: direct.to.clone() };
@@ -211,12 +262,58 @@ impl Maker<'_> {
         Ok(Some(known as u32))
     }
 
+    /// The way on which experts of a tier are streamed, if they are: they wait in host memory beside another processor.
+    fn streaming_route(&self, tier: &crate::plan::Tier) -> Option<Link> {
+        let main = &self.plan.plan().main.memory;
+        let waits = tier.through.is_none() && tier.memory != *main && matches!(tier.kind, MemoryKind::Dram | MemoryKind::Cxl);
+        if waits && self.plan.streaming_slots() > 0 { self.machine.route(&tier.memory, main) } else { None }
+    }
+
+    /// Seconds of one copy, and what it takes from the processor at home.
+    fn copy(&self, route: &Link, bytes: Bytes) -> (Nanos, Nanos) {
+        let copy_s = self.cost.transfer(route, bytes).seconds;
+        // Copies and computing drink from the same memory (algorithms §1). A copy is never slower through this than over its link.
+        let source = self.machine.memory(&route.from);
+        let reader = self.machine.processors.iter().find(|p| p.computes_from.first() == Some(&route.from));
+        let contended_s = source.zip(reader).map_or(0.0, |(source, reader)| {
+            let read = Work { weight_bytes: bytes, ..Work::default() };
+            self.cost.compute(reader, source, read, 0).seconds.min(copy_s)
+        });
+        (Seconds(copy_s).to_nanos(), Seconds(contended_s).to_nanos())
+    }
+
     fn route(&self, from: &str, to: &str) -> Result<Link, PlanError> {
         self.machine.route(from, to).ok_or_else(|| PlanError::BadPlan {
             field: format!("the tier in {from} through {to}"),
             found: "no link".into(),
             expected: format!("a way from {from} to {to} on {}", self.machine.name),
         })
+    }
+
+    /// The way that experts of a tier are copied on, if they are.
+    fn route_of(&self, tier: &crate::plan::Tier) -> Result<Option<Link>, PlanError> {
+        match &tier.through {
+            Some(through) => self.route(&tier.memory, through).map(Some),
+            None => Ok(self.streaming_route(tier)),
+        }
+    }
+
+    /// What a copy takes of the way into a GPU, where there are several links to it; as plans price it.
+    fn port(&self, route: &Link, bytes: Bytes) -> Nanos {
+        let alone = self.cost.transfer(route, bytes).seconds;
+        let seconds = self.machine.port(&route.to).map_or(0.0, |port| self.cost.transfer(port, bytes).seconds.min(alone));
+        Seconds(seconds).to_nanos()
+    }
+
+    /// What a copy takes of a memory that is nobody's home and that a processor computes from.
+    fn shared_reads(&self, route: &Link, bytes: Bytes) -> Nanos {
+        let guest = self.machine.guest_of(&route.from).zip(self.machine.memory(&route.from));
+        let seconds = guest.map_or(0.0, |(guest, memory)| {
+            let read = Work { weight_bytes: bytes, ..Work::default() };
+            let read_s = self.cost.compute(guest, &self.machine.seen_from(guest, memory), read, 0).seconds;
+            read_s.min(self.cost.transfer(route, bytes).seconds)
+        });
+        Seconds(seconds).to_nanos()
     }
 
     /// Time outside, and before the routed experts of every layer that has some.
@@ -259,21 +356,29 @@ impl Maker<'_> {
             let seen = self.machine.seen_from(p, from);
             TokenTime::new(knots, |n| self.cost.compute(p, &seen, self.expert_work(layer, n), 0).seconds)
         };
-        let mut time = TierTime { compute: computed_by(executor, place), at_home: None, copy: Nanos(0), contended: Nanos(0) };
+        let compute = computed_by(executor, place);
+        let mut time = TierTime {
+            compute,
+            at_home: None,
+            copy: Nanos(0),
+            contended: Nanos(0),
+            shared_reads: Nanos(0),
+            port: Nanos(0),
+            streamed: None,
+        };
+        if let Some(route) = self.route_of(tier)? {
+            time.port = self.port(&route, bytes);
+            time.shared_reads = self.shared_reads(&route, bytes);
+        }
         if let Some(through) = &tier.through {
-            let route = self.route(&tier.memory, through)?;
-            let copy_s = self.cost.transfer(&route, bytes).seconds;
-            time.copy = Seconds(copy_s).to_nanos();
-            // Copies and computing drink from the same memory (algorithms §1). A copy is never slower through this than over its link.
-            let source = self.machine.memory(&route.from);
-            let reader = self.machine.processors.iter().find(|p| p.computes_from.first() == Some(&route.from));
-            if let Some((source, reader)) = source.zip(reader) {
-                let read = Work { weight_bytes: bytes, ..Work::default() };
-                time.contended = Seconds(self.cost.compute(reader, source, read, 0).seconds.min(copy_s)).to_nanos();
-            }
+            (time.copy, time.contended) = self.copy(&self.route(&tier.memory, through)?, bytes);
             if let Some(home) = self.plan.home_executor(id) {
                 time.at_home = Some(computed_by(self.processor(&self.plan.executor(home).id)?, self.memory(&tier.memory)?));
             }
+        } else if let Some(route) = self.streaming_route(tier) {
+            let main = self.processor(&self.plan.plan().main.executor)?;
+            let (copy, contended) = self.copy(&route, bytes);
+            time.streamed = Some(StreamTime { compute: computed_by(main, self.machine.home(main)), copy, contended });
         }
         Ok(time)
     }

@@ -1,7 +1,8 @@
 //! The slots of one pool: what is in them, what is on its way, what may go. Which of them goes is the policy's choice.
 //!
 //! A pool of one layer is asked by expert, a pool of many by `layer_index * experts_per_layer + expert`. Nothing is allocated after
-//! [`ExpertCache::new`]; sets are bit masks, so that candidates come out ascending without a sort.
+//! [`ExpertCache::new`] unless slots are added; sets are bit masks, so that candidates come out ascending without a sort. Slots that
+//! were given up keep their numbers until they are added again: nothing moves when others go.
 
 use super::cache::{CachePolicy, Seen};
 
@@ -17,6 +18,8 @@ pub(crate) enum SlotState {
     Ready {
         expert: u32,
     },
+    /// No slot any more.
+    Gone,
 }
 
 const NONE: u32 = u32::MAX;
@@ -47,12 +50,24 @@ impl Bits {
         Self(vec![0; len.div_ceil(64) as usize])
     }
 
+    /// Room for numbers below `len`.
+    fn reach(&mut self, len: u32) {
+        let words = len.div_ceil(64) as usize;
+        if words > self.0.len() {
+            self.0.resize(words, 0);
+        }
+    }
+
     fn set(&mut self, i: u32) {
         self.0[i as usize / 64] |= 1 << (i % 64);
     }
 
     fn clear(&mut self, i: u32) {
         self.0[i as usize / 64] &= !(1 << (i % 64));
+    }
+
+    fn contains(&self, i: u32) -> bool {
+        self.0[i as usize / 64] >> (i % 64) & 1 == 1
     }
 
     fn iter(&self) -> impl Iterator<Item = u32> + '_ {
@@ -78,6 +93,8 @@ pub(crate) struct ExpertCache<P = Box<dyn CachePolicy>> {
     /// Empty slots.
     empty: Bits,
     num_empty: u32,
+    /// Slots that are not gone.
+    held: u32,
     policy: P,
     /// Kept to spare allocations.
     candidates: Vec<u32>,
@@ -94,6 +111,7 @@ impl<P: CachePolicy> ExpertCache<P> {
             ready: Bits::new(num_experts),
             empty,
             num_empty: slots,
+            held: slots,
             policy,
             candidates: Vec::with_capacity(slots as usize),
         }
@@ -124,7 +142,7 @@ impl<P: CachePolicy> ExpertCache<P> {
     pub fn ready(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         self.slots.iter().enumerate().filter_map(|(i, s)| match s {
             SlotState::Ready { expert } => Some((i as u32, *expert)),
-            SlotState::Empty | SlotState::Loading { .. } => None,
+            SlotState::Empty | SlotState::Loading { .. } | SlotState::Gone => None,
         })
     }
 
@@ -182,6 +200,9 @@ impl<P: CachePolicy> ExpertCache<P> {
 
     fn choose(&mut self, kept: impl Fn(u32) -> bool) -> Option<u32> {
         let Self { candidates, ready, policy, .. } = self;
+        if let Some(victim) = policy.first_that_may_go(&|e| ready.contains(e) && !kept(e)) {
+            return victim;
+        }
         candidates.clear();
         // Plain loops: an iterator over the set costs several times as much here, once per miss.
         for (word, bits) in (0..).zip(&ready.0) {
@@ -236,7 +257,7 @@ impl<P: CachePolicy> ExpertCache<P> {
     /// Empties `slot`, whatever it holds or waits for; false if it was empty or is none.
     pub fn abandon(&mut self, slot: u32) -> bool {
         let expert = match self.slots.get(slot as usize) {
-            None | Some(SlotState::Empty) => return false,
+            None | Some(SlotState::Empty | SlotState::Gone) => return false,
             Some(SlotState::Loading { expert, .. } | SlotState::Ready { expert }) => *expert,
         };
         self.evict(expert);
@@ -244,6 +265,50 @@ impl<P: CachePolicy> ExpertCache<P> {
         self.empty.set(slot);
         self.num_empty += 1;
         true
+    }
+
+    /// Slots that are not gone.
+    pub const fn held(&self) -> u32 {
+        self.held
+    }
+
+    /// The policy is to count on so many slots; they come and go one by one, by [`Self::add`] and [`Self::give_up`].
+    pub fn expect(&mut self, slots: u32) {
+        self.policy.on_capacity(slots);
+    }
+
+    /// One more empty slot: the lowest number that is free.
+    pub fn add(&mut self) -> u32 {
+        let slot = self.slots.iter().position(|s| *s == SlotState::Gone).unwrap_or(self.slots.len()) as u32;
+        if slot as usize == self.slots.len() {
+            self.slots.push(SlotState::Gone);
+            self.empty.reach(slot + 1);
+        }
+        self.slots[slot as usize] = SlotState::Empty;
+        self.empty.set(slot);
+        self.num_empty += 1;
+        self.held += 1;
+        slot
+    }
+
+    /// One slot less: an empty one (the highest), else that of the policy's choice among experts that are not `kept`; `None` if there is
+    /// none now.
+    pub fn give_up(&mut self, kept: impl Fn(u32) -> bool) -> Option<Placed> {
+        let highest = self.empty.iter().last();
+        let gone = match highest {
+            Some(slot) => {
+                self.empty.clear(slot);
+                self.num_empty -= 1;
+                Placed { slot, evicted: None }
+            }
+            None => {
+                let victim = self.choose(kept)?;
+                Placed { slot: self.evict(victim), evicted: Some(victim) }
+            }
+        };
+        self.slots[gone.slot as usize] = SlotState::Gone;
+        self.held -= 1;
+        Some(gone)
     }
 }
 
@@ -278,5 +343,30 @@ mod tests {
         c.on_demand(&Seen { experts: &[(1, 1)], tokens: 1, scores: &[] });
         assert_eq!(c.place_or_bypass(1, |_| false), Admission::Placed(Placed { slot: 0, evicted: Some(4) }));
         assert!(c.worth(1) > c.worth(3));
+    }
+
+    #[test]
+    fn slots_come_and_go_and_keep_their_numbers() {
+        let mut c = ExpertCache::new(2, 80, Lru::new(80));
+        for e in [70, 71] {
+            c.place(e, |_| false).unwrap();
+        }
+        assert!(c.give_up(|_| false).is_none(), "what is on its way may not go");
+        assert!(c.loaded(70, 0) && c.loaded(71, 1));
+        assert!(c.give_up(|_| true).is_none(), "nor what is kept");
+        assert_eq!(c.give_up(|e| e == 71), Some(Placed { slot: 0, evicted: Some(70) }));
+        assert_eq!((c.held(), c.ready_slot(70), c.ready_slot(71), c.would_evict(|_| false)), (1, None, Some(1), Some(Some(71))));
+        assert!(!c.abandon(0) && !c.loaded(70, 0));
+        // The free number comes first, then new ones; empty ones go first, the highest of them first.
+        assert_eq!((c.add(), c.add(), c.add(), c.held()), (0, 2, 3, 4));
+        assert_eq!(c.place(5, |_| false), Some(Placed { slot: 0, evicted: None }));
+        assert_eq!(c.give_up(|_| false), Some(Placed { slot: 3, evicted: None }));
+        assert_eq!(c.give_up(|_| false), Some(Placed { slot: 2, evicted: None }));
+        assert_eq!(c.ready().collect::<Vec<_>>(), [(1, 71)]);
+        // Beyond what one word of the mask holds.
+        let mut wide = ExpertCache::new(64, 80, Lru::new(80));
+        assert_eq!((wide.add(), wide.add()), (64, 65));
+        (0..66).for_each(|e| assert_eq!(wide.place(e, |_| false).map(|p| p.slot), Some(e)));
+        assert!(wide.place(66, |_| false).is_none());
     }
 }

@@ -1,9 +1,9 @@
 //! One layer of the engine: the demand it serves, who computes what of it, and what it waits for.
 
-use super::costs::EngineCosts;
+use super::costs::{EngineCosts, TierTime};
 use super::pool::{Pool, Prefetched, Presence};
 use super::schedule::{Item, LayerWork, Place, Rule, Schedule, Scratch};
-use super::staging::Staging;
+use super::staging::{Arrival, Staging};
 use super::{Action, Demand, ExecutorId, ExpertKey, Location, MAX_RETRIES, Purpose, SlotId, Statistics, TierId};
 use crate::check::CheckedPlan;
 use std::collections::VecDeque;
@@ -18,6 +18,27 @@ pub(super) struct Home {
     pub cached: bool,
     /// Who can compute it where it is planned, if it is cached.
     pub at_home: Option<ExecutorId>,
+    /// Prompts may bring it to the main processor through a staging slot.
+    pub streamed: bool,
+}
+
+impl Home {
+    /// Who computes it from a slot: what is not cached gets into one only to be streamed to the main processor.
+    const fn slot_executor(&self) -> ExecutorId {
+        if self.cached { self.executor } else { ExecutorId(0) }
+    }
+}
+
+/// Puts the times of an expert that is not in place into its item.
+pub(super) fn fill_in(item: &mut Item, time: &TierTime, tokens: u32) {
+    let seconds = |n: Nanos| n.to_seconds().0;
+    let (gpu, home, copy, contended) = match &time.streamed {
+        Some(s) => (&s.compute, Some(&time.compute), s.copy, s.contended),
+        None => (&time.compute, time.at_home.as_ref(), time.copy, time.contended),
+    };
+    item.gpu_s = seconds(gpu.at(tokens));
+    item.cpu_s = home.map_or(f64::INFINITY, |t| seconds(t.at(tokens)));
+    (item.move_s, item.contended_s) = (seconds(copy), seconds(contended));
 }
 
 /// A computation under way.
@@ -32,6 +53,8 @@ struct Wave {
 #[derive(Debug)]
 struct Active {
     step: u64,
+    /// A part of a prompt whose experts are streamed.
+    streamed: bool,
     /// Misses without a slot yet, in order.
     waiting: VecDeque<u32>,
     /// Experts whose loads it waits for.
@@ -41,6 +64,10 @@ struct Active {
     running: Vec<Wave>,
     next_wave: u32,
 }
+
+/// Experts of a streamed prompt that another processor than the main one computes in one wave: what arrives meanwhile is noticed after
+/// each of them.
+const HOST_WAVE: usize = 8;
 
 /// What a layer works with that is not its own.
 pub(super) struct Context<'a> {
@@ -76,6 +103,8 @@ pub(super) struct LayerEngine {
     pub first_key: u32,
     pub expert_bytes: Bytes,
     pub homes: Vec<Home>,
+    /// Steps of more tokens are parts of prompts.
+    batch: u32,
     rule: Rule,
     active: Option<Active>,
     last_event: Nanos,
@@ -88,12 +117,18 @@ pub(super) struct LayerEngine {
 }
 
 impl LayerEngine {
-    pub fn new(plan: &CheckedPlan, layer: u32, index: usize, first_key: u32) -> Self {
+    /// `costs` are those by which it decides; without them nothing is streamed.
+    pub fn new(plan: &CheckedPlan, layer: u32, index: usize, first_key: u32, costs: Option<&EngineCosts>) -> Self {
+        let costs = costs.filter(|c| c.streams);
         let homes = (0..plan.num_experts(layer))
             .map(|e| {
-                let tier = plan.tier_of(layer, e);
+                let (tier, executor) = (plan.tier_of(layer, e), plan.executor_of(plan.tier_of(layer, e)));
                 let cached = plan.tier(tier).through.is_some();
-                Home { tier, executor: plan.executor_of(tier), cached, at_home: plan.home_executor(tier) }
+                let streamed = costs.is_some_and(|c| match cached {
+                    true => executor.0 == 0,
+                    false => c.layers[index].tiers[tier.0 as usize].streamed.is_some(),
+                });
+                Home { tier, executor, cached, at_home: plan.home_executor(tier), streamed }
             })
             .collect();
         Self {
@@ -102,6 +137,7 @@ impl LayerEngine {
             first_key,
             expert_bytes: plan.expert_bytes(layer),
             homes,
+            batch: plan.batch().max(1),
             rule: plan.plan().engine.schedule,
             active: None,
             last_event: Nanos(0),
@@ -110,6 +146,11 @@ impl LayerEngine {
             schedule: Schedule::default(),
             scratch: Scratch::default(),
         }
+    }
+
+    /// Tokens of a step that is no part of a prompt, at most.
+    pub const fn batch(&self) -> u32 {
+        self.batch
     }
 
     pub fn missed_at_home(&self) -> impl Iterator<Item = u32> + '_ {
@@ -140,8 +181,12 @@ impl LayerEngine {
             return Err(format!("the demand of step {step} for layer {layer} is not a set of experts below {n} with tokens"));
         }
         cx.pool.on_demand(self.first_key, demand);
+        let streamed = self.streams(demand);
+        let asked = |e: u32| demand.experts.binary_search_by_key(&e, |d| d.0).is_ok();
+        cx.staging.dismiss(layer, |e| streamed && asked(e));
         let mut active = Active {
             step: demand.step,
+            streamed,
             waiting: VecDeque::new(),
             awaited: Vec::new(),
             ready: Vec::new(),
@@ -154,16 +199,25 @@ impl LayerEngine {
         (self.work.gpu_busy_s, self.work.cpu_first_s, self.work.link_busy_s) = (0.0, 0.0, 0.0);
         for (expert, tokens) in demand.experts.iter().copied() {
             let home = self.homes[expert as usize];
+            let key = self.key(expert);
             if !home.cached {
                 cx.stats.hits += 1;
                 cx.stats.resident_hits += 1;
-                active.ready.push((expert, Location::Resident, home.executor));
-                self.already(home, tokens, cx);
+                match self.presence(expert, cx) {
+                    _ if !(streamed && home.streamed) => {
+                        active.ready.push((expert, Location::Resident, home.executor));
+                        self.already(home, tokens, false, cx);
+                    }
+                    Presence::Loading => {
+                        active.awaited.push(expert);
+                        self.already(home, tokens, true, cx);
+                    }
+                    presence => self.item(expert, tokens, presence != Presence::Absent, cx),
+                }
                 continue;
             }
-            let key = self.key(expert);
             cx.pool.keep(key, true);
-            match cx.pool.presence(key) {
+            match self.presence(expert, cx) {
                 Presence::Ready(_) => {
                     cx.stats.hits += 1;
                     if cx.pool.prefetched(key) == Prefetched::Unused {
@@ -178,7 +232,7 @@ impl LayerEngine {
                         cx.stats.prefetches_late += 1;
                     }
                     active.awaited.push(expert);
-                    self.already(home, tokens, cx);
+                    self.already(home, tokens, true, cx);
                 }
                 Presence::Absent => {
                     cx.stats.misses += 1;
@@ -192,14 +246,29 @@ impl LayerEngine {
         Ok(())
     }
 
+    /// Whether a demand is of a part of a prompt whose experts are streamed.
+    pub fn streams(&self, demand: &Demand) -> bool {
+        demand.tokens > self.batch && self.homes.iter().any(|h| h.streamed)
+    }
+
+    /// Where an expert stands: in the cache, or on its way through.
+    pub fn presence(&self, expert: u32, cx: &Context<'_>) -> Presence {
+        match cx.pool.presence(self.key(expert)) {
+            Presence::Absent => cx.staging.presence(self.layer, expert),
+            found => found,
+        }
+    }
+
     /// Work that nobody chooses: of experts planned where they are computed, and of those already on their way.
-    fn already(&mut self, home: Home, tokens: u32, cx: &Context<'_>) {
+    fn already(&mut self, home: Home, tokens: u32, on_its_way: bool, cx: &Context<'_>) {
         let Some(costs) = cx.costs else { return };
-        let time = costs.layers[self.index].tiers[home.tier.0 as usize].compute.at(tokens).to_seconds().0;
-        if home.executor.0 == 0 {
-            self.work.gpu_busy_s += time;
+        let time = &costs.layers[self.index].tiers[home.tier.0 as usize];
+        let on_its_way = time.streamed.as_ref().filter(|_| on_its_way);
+        let seconds = on_its_way.map_or(&time.compute, |s| &s.compute).at(tokens).to_seconds().0;
+        if home.executor.0 == 0 || on_its_way.is_some() {
+            self.work.gpu_busy_s += seconds;
         } else {
-            self.work.cpu_first_s += time;
+            self.work.cpu_first_s += seconds;
         }
     }
 
@@ -211,13 +280,9 @@ impl LayerEngine {
         }
         if let Some(costs) = cx.costs {
             let time = &costs.layers[self.index].tiers[self.homes[expert as usize].tier.0 as usize];
-            item.gpu_s = time.compute.at(tokens).to_seconds().0;
-            if let Some(at_home) = &time.at_home {
-                item.cpu_s = at_home.at(tokens).to_seconds().0;
-            }
-            if !ready {
-                item.move_s = time.copy.to_seconds().0;
-                item.contended_s = time.contended.to_seconds().0;
+            fill_in(&mut item, time, tokens);
+            if ready {
+                (item.move_s, item.contended_s) = (0.0, 0.0);
             }
         }
         self.work.items.push(item);
@@ -230,11 +295,12 @@ impl LayerEngine {
         if let Some(costs) = choice {
             let first = self.work.items.iter().find(|i| i.cpu_s.is_finite()).map_or(0, |i| i.expert);
             let home = self.homes[first as usize];
-            if let Some(executor) = home.at_home {
-                self.work.cpu_first_s += costs.sync[executor.0 as usize].to_seconds().0;
-            }
+            let executor = home.at_home.unwrap_or(home.executor);
+            self.work.cpu_first_s += costs.sync[executor.0 as usize].to_seconds().0;
             self.work.link_busy_s = cx.traffic.of(home.tier).2.0.saturating_sub(cx.now.0) as f64 * 1e-9;
-            self.rule.decide(&self.work, &mut self.scratch, &mut self.schedule);
+            // What a prompt leaves at home is the optimum's choice, whatever the plan says of decoding.
+            let rule = if active.streamed { Rule::Exact } else { self.rule };
+            rule.decide(&self.work, &mut self.scratch, &mut self.schedule);
         }
         let place = |i: usize, item: &Item| match chosen {
             true => self.schedule.places[i],
@@ -244,16 +310,16 @@ impl LayerEngine {
         self.missed_at_home.clear();
         for (i, item) in self.work.items.iter().enumerate() {
             let home = self.homes[item.expert as usize];
-            match (place(i, item), cx.pool.presence(self.first_key + item.expert)) {
+            match (place(i, item), self.presence(item.expert, cx)) {
                 (Place::Home, _) => {
                     let executor = home.at_home.unwrap_or(home.executor);
-                    cx.stats.computed_at_home += 1;
-                    if item.move_s > 0.0 {
+                    cx.stats.computed_at_home += u64::from(home.cached);
+                    if item.move_s > 0.0 && home.cached {
                         self.missed_at_home.push(item.expert);
                     }
                     active.ready.push((item.expert, Location::Resident, executor));
                 }
-                (_, Presence::Ready(slot)) => active.ready.push((item.expert, Location::Slot(slot), home.executor)),
+                (_, Presence::Ready(slot)) => active.ready.push((item.expert, Location::Slot(slot), home.slot_executor())),
                 _ if !chosen => active.waiting.push_back(item.expert),
                 _ => {}
             }
@@ -266,18 +332,20 @@ impl LayerEngine {
     pub fn loaded(&mut self, expert: u32, slot: SlotId, cx: &mut Context<'_>) -> Result<(), String> {
         let key = self.key(expert);
         let guest = cx.staging.owns(slot);
-        let expected = match guest {
-            _ if expert as usize >= self.homes.len() => false,
+        let arrival = match guest {
+            _ if expert as usize >= self.homes.len() => None,
             true => cx.staging.loaded(self.layer, expert, slot),
-            false => cx.pool.loaded(key, slot),
+            false => cx.pool.loaded(key, slot).then_some(Arrival { ahead: false, unwanted: false, failures: 0 }),
         };
-        if !expected {
-            return Err(self.not_loading(expert, slot));
-        }
+        let Some(arrival) = arrival else { return Err(self.not_loading(expert, slot)) };
         let home = self.homes[expert as usize];
         let was = cx.pool.prefetched(key);
         let flying = !guest && matches!(was, Prefetched::Flying { .. });
-        self.arrived(home.tier, flying, cx);
+        self.arrived(home.tier, flying || arrival.ahead, cx);
+        if arrival.unwanted {
+            cx.stats.streamed_useless += 1;
+            return Ok(());
+        }
         let awaited = self.active.as_mut().and_then(|a| Some((a.awaited.iter().position(|e| *e == expert)?, a)));
         if flying {
             let unused = awaited.is_none() && was == (Prefetched::Flying { guess: true });
@@ -285,7 +353,7 @@ impl LayerEngine {
         }
         if let Some((at, active)) = awaited {
             active.awaited.swap_remove(at);
-            active.ready.push((expert, Location::Slot(slot), home.executor));
+            active.ready.push((expert, Location::Slot(slot), home.slot_executor()));
             self.advance(cx);
         }
         Ok(())
@@ -322,11 +390,21 @@ impl LayerEngine {
         let guest = cx.staging.owns(slot);
         let flying = !guest && matches!(was, Prefetched::Flying { .. });
         let tier = self.homes[expert as usize].tier;
-        let failures = if guest { cx.staging.failed(self.layer, expert, slot) } else { cx.pool.failed(key, slot) };
+        let arrival = match guest {
+            true => cx.staging.failed(self.layer, expert, slot),
+            false => cx.pool.failed(key, slot).map(|failures| Arrival { ahead: false, unwanted: false, failures }),
+        };
+        let Some(Arrival { ahead, unwanted, failures }) = arrival else { return Err(self.not_loading(expert, slot)) };
+        let awaited = self.active.as_ref().is_some_and(|a| a.awaited.contains(&expert));
+        if unwanted || (ahead && !awaited && failures > MAX_RETRIES) {
+            // Nobody asked for it, or nobody does any more.
+            cx.staging.abandon(slot);
+            cx.stats.streamed_useless += 1;
+            self.arrived(tier, true, cx);
+            return Ok(());
+        }
         match failures {
-            None => Err(self.not_loading(expert, slot)),
-            Some(failures) if failures > MAX_RETRIES => {
-                let awaited = self.active.as_ref().is_some_and(|a| a.awaited.contains(&expert));
+            failures if failures > MAX_RETRIES => {
                 if flying && !awaited {
                     // Nobody asked for it: it is given up, and read again if it is demanded.
                     cx.pool.cache.abandon(slot.index);
@@ -337,10 +415,10 @@ impl LayerEngine {
                 }
                 Err(format!("expert {expert} of layer {} could not be loaded in {failures} tries: {reason}", self.layer))
             }
-            Some(_) => {
+            _ => {
                 cx.stats.retries += 1;
-                self.arrived(tier, flying, cx);
-                self.load(expert, slot, if flying { Purpose::Prefetch } else { Purpose::Demand }, cx);
+                self.arrived(tier, flying || ahead, cx);
+                self.load(expert, slot, if flying || ahead { Purpose::Prefetch } else { Purpose::Demand }, cx);
                 Ok(())
             }
         }
@@ -351,7 +429,7 @@ impl LayerEngine {
         let from = self.homes[expert as usize].tier;
         cx.stats.loads += 1;
         cx.stats.bytes_loaded_by_tier[from.0 as usize] += self.expert_bytes;
-        let copy = cx.costs.map_or(Nanos(0), |c| c.layers[self.index].tiers[from.0 as usize].copy);
+        let copy = cx.costs.map_or(Nanos(0), |c| c.layers[self.index].tiers[from.0 as usize].copy());
         let now = cx.now;
         let (demanded, prefetched, free_at) = cx.traffic.of(from);
         *(if purpose == Purpose::Demand { demanded } else { prefetched }) += 1;
@@ -373,6 +451,17 @@ impl LayerEngine {
         true
     }
 
+    /// Sends for an expert of the next demand of a prompt, unless it is here; false if there is no slot for it now.
+    pub fn stream_ahead(&self, expert: u32, cx: &mut Context<'_>) -> bool {
+        if self.presence(expert, cx) != Presence::Absent {
+            return true;
+        }
+        let Some(slot) = cx.staging.admit(self.layer, expert, true, true) else { return false };
+        cx.stats.streamed_ahead += 1;
+        self.load(expert, slot, Purpose::Prefetch, cx);
+        true
+    }
+
     /// Whether it serves a demand.
     pub const fn is_busy(&self) -> bool {
         self.active.is_some()
@@ -388,8 +477,15 @@ impl LayerEngine {
         let Some(mut active) = self.active.take() else { return };
         // One wave per idle executor: all that is ready for it.
         while let Some(executor) = active.ready.iter().map(|r| r.2).find(|x| active.running.iter().all(|w| w.executor != *x)) {
-            let mut experts: Vec<(u32, Location)> = active.ready.iter().filter(|r| r.2 == executor).map(|r| (r.0, r.1)).collect();
-            active.ready.retain(|r| r.2 != executor);
+            let most = if active.streamed && executor.0 != 0 { HOST_WAVE } else { usize::MAX };
+            let mut experts: Vec<(u32, Location)> = Vec::new();
+            active.ready.retain(|r| {
+                let taken = r.2 == executor && experts.len() < most;
+                if taken {
+                    experts.push((r.0, r.1));
+                }
+                !taken
+            });
             experts.sort_unstable_by_key(|(e, _)| *e);
             let number = active.next_wave;
             active.next_wave += 1;
@@ -399,14 +495,15 @@ impl LayerEngine {
         }
         let mut loads = Vec::new();
         while let Some(expert) = active.waiting.front().copied() {
-            let key = self.first_key + expert;
-            let placed = match cx.pool.admits(key) {
+            let (key, home) = (self.first_key + expert, self.homes[expert as usize]);
+            let streamed = active.streamed && home.streamed;
+            let placed = match Some(key).filter(|_| home.cached).and_then(|key| cx.pool.admits(key)) {
                 // There is a slot for it, and it is to stay.
                 Some(true) => cx.pool.place(key, cx.stats),
                 // It passes through if it can, else it takes a slot like any other.
-                admitted => match cx.staging.admit(self.layer, expert) {
+                admitted => match cx.staging.admit(self.layer, expert, streamed, false) {
                     Some(slot) => {
-                        cx.stats.bypasses += 1;
+                        *(if streamed { &mut cx.stats.streamed } else { &mut cx.stats.bypasses }) += 1;
                         Some((slot, None))
                     }
                     None if admitted.is_some() => cx.pool.place(key, cx.stats),

@@ -11,242 +11,52 @@
 //!    its recorded actions.
 //! 4. A failed load is tried again twice, then - as after any input that cannot be - the engine answers `Abort` and nothing more.
 
+mod ahead;
 pub mod cache;
 pub mod costs;
 mod expert_cache;
 mod layer;
+mod makespans;
+mod messages;
 mod pool;
 pub mod prefetch;
 mod prefetcher;
+mod resize;
 pub mod schedule;
 mod staging;
+mod statistics;
+mod streamer;
+
+pub use messages::{Action, Demand, ExecutorId, ExpertKey, Input, Location, Purpose, SCORE_ONE, SlotId, TierId};
+pub use statistics::Statistics;
 
 use crate::check::CheckedPlan;
+use ahead::FILL_STEPS;
 use costs::EngineCosts;
 use layer::{Context, LayerEngine, Traffic};
-use pool::{Pool, Presence};
+use pool::Pool;
 use prefetcher::Prefetcher;
-use serde::{Deserialize, Serialize};
 use staging::Staging;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use streamer::Streamer;
 use tierwise_cost::units::{Bytes, Nanos};
-
-/// Steps over which the use of experts is averaged where it is weighed whether a miss is loaded afterwards.
-const FILL_STEPS: f32 = 16.0;
 
 /// Loads of an expert are tried again this often.
 pub const MAX_RETRIES: u32 = 2;
 
-/// An expert of the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct ExpertKey {
-    /// Layer of the model.
-    pub layer: u32,
-    /// Expert of the layer.
-    pub expert: u32,
+/// All layers and the pools that their experts are in, to be read.
+#[derive(Debug, Clone, Copy)]
+struct Places<'a> {
+    layers: &'a [LayerEngine],
+    pools: &'a [Pool],
+    /// Index into `pools`. `[layers]`
+    pool_of: &'a [usize],
 }
 
-/// Index into a plan's tiers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct TierId(pub u32);
-
-/// Index into a plan's executors; 0 is the main one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct ExecutorId(pub u32);
-
-/// Room for one expert in a cache: which pool of the plan ([`CheckedPlan::pools`]), which place in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct SlotId {
-    /// Index into [`CheckedPlan::pools`].
-    pub pool: u32,
-    /// Place in the pool, from 0.
-    pub index: u32,
-}
-
-/// A router's probability of 1 in [`Demand::scores`] and [`Input::Foreseen`]: fixed point, so that runs replay to the bit.
-pub const SCORE_ONE: u32 = 1 << 16;
-
-/// What one layer needs in one step.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Demand {
-    /// The driver's number for the step; comes back with [`Action::Finish`].
-    pub step: u64,
-    /// Layer of the model.
-    pub layer: u32,
-    /// (expert, tokens routed to it), ascending by expert, tokens at least 1.
-    pub experts: Vec<(u32, u32)>,
-    /// Tokens of the step.
-    pub tokens: u32,
-    /// (expert, sum over the step's tokens of its router probability in units of 1 / [`SCORE_ONE`]), ascending by expert; experts that
-    /// no token ranks among its first 2 x experts per token may be left out; empty when nothing is known.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub scores: Vec<(u32, u32)>,
-}
-
-/// What happened.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Input {
-    /// The run begins: slots are filled as the plan says. May be left out.
-    Begin,
-    /// The router of a layer has chosen. One demand per layer at a time.
-    Routed(Demand),
-    /// What the router of a later layer of this step makes of the current hidden state: a guess at its demand.
-    Foreseen {
-        /// The driver's number for the step.
-        step: u64,
-        /// The later layer.
-        layer: u32,
-        /// How many layers with routed experts lie between: 1 for the next.
-        distance: u32,
-        /// As [`Demand::scores`].
-        scores: Vec<(u32, u32)>,
-    },
-    /// A load is done.
-    Loaded {
-        /// The expert.
-        key: ExpertKey,
-        /// Its slot.
-        slot: SlotId,
-    },
-    /// A wave is computed.
-    Computed {
-        /// Its layer.
-        layer: u32,
-        /// Its number.
-        wave: u32,
-    },
-    /// A load failed.
-    Failed {
-        /// The expert.
-        key: ExpertKey,
-        /// The slot it was to come into.
-        slot: SlotId,
-        /// Why, for people.
-        reason: String,
-    },
-}
-
-/// Where an expert's weights are for a computation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Location {
-    /// In its tier's memory, as planned.
-    Resident,
-    /// In a slot.
-    Slot(SlotId),
-}
-
-/// Why something is loaded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Purpose {
-    /// A layer waits for it.
-    Demand,
-    /// It may be needed soon. A driver may finish demand loads first.
-    Prefetch,
-}
-
-/// What to do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Action {
-    /// A slot's content is given up; a load into it follows.
-    Evict {
-        /// Who leaves.
-        key: ExpertKey,
-        /// The slot.
-        slot: SlotId,
-    },
-    /// Bring an expert into a slot; answer with `Loaded` or `Failed`.
-    Load {
-        /// The expert.
-        key: ExpertKey,
-        /// The slot.
-        slot: SlotId,
-        /// Its size.
-        bytes: Bytes,
-        /// The tier it comes from.
-        from: TierId,
-        /// Why.
-        purpose: Purpose,
-    },
-    /// Compute these experts for the tokens of the layer's demand; answer with `Computed`.
-    Compute {
-        /// The layer.
-        layer: u32,
-        /// Number of the wave within the demand, from 0.
-        wave: u32,
-        /// (expert, where its weights are), ascending by expert.
-        experts: Vec<(u32, Location)>,
-        /// Who computes.
-        executor: ExecutorId,
-    },
-    /// A demand is served.
-    Finish {
-        /// Its step.
-        step: u64,
-        /// Its layer.
-        layer: u32,
-    },
-    /// It cannot go on; nothing follows.
-    Abort {
-        /// Why, for people.
-        reason: String,
-    },
-}
-
-/// Counts since the start.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-pub struct Statistics {
-    /// Demands taken.
-    pub demands: u64,
-    /// Experts demanded; one expert in one demand is one request, however many tokens it serves.
-    pub requests: u64,
-    /// Requests found in place: planned residents and experts in slots.
-    pub hits: u64,
-    /// Those of the hits that are planned residents.
-    pub resident_hits: u64,
-    /// Requests that had to be loaded.
-    pub misses: u64,
-    /// Loads asked for, retries included.
-    pub loads: u64,
-    /// Loads asked for again after a failure.
-    pub retries: u64,
-    /// Experts that had to leave a slot.
-    pub evictions: u64,
-    /// Loads of experts that only passed through.
-    pub bypasses: u64,
-    /// Computations asked for.
-    pub waves: u64,
-    /// Misses and hits that were computed beside the memory they are planned in, not from a slot.
-    pub computed_at_home: u64,
-    /// Loads before the first demand, as the plan says.
-    pub preloads: u64,
-    /// Loads of misses that had been computed at home.
-    pub fills: u64,
-    /// Loads of guesses.
-    pub prefetches_issued: u64,
-    /// Guesses that were there when they were asked for.
-    pub prefetches_used: u64,
-    /// Guesses that were on their way when they were asked for.
-    pub prefetches_late: u64,
-    /// Guesses that left their slot, or failed, before anyone asked.
-    pub prefetches_useless: u64,
-    /// Bytes of loads by tier they come from. `[tiers]`
-    pub bytes_loaded_by_tier: Vec<Bytes>,
-    /// Time during which a layer waited for loads with nothing to compute.
-    pub stalled: Nanos,
-}
-
-impl Statistics {
-    /// Share of requests found in place; 1 without requests.
-    pub fn hit_rate(&self) -> f64 {
-        if self.requests == 0 { 1.0 } else { self.hits as f64 / self.requests as f64 }
-    }
-
-    /// Share of requests for cached experts found in a slot; 1 without such requests.
-    pub fn cache_hit_rate(&self) -> f64 {
-        let cached = self.requests - self.resident_hits;
-        if cached == 0 { 1.0 } else { (self.hits - self.resident_hits) as f64 / cached as f64 }
+impl<'a> Places<'a> {
+    fn at(self, index: usize) -> (&'a LayerEngine, &'a Pool) {
+        (&self.layers[index], &self.pools[self.pool_of[index]])
     }
 }
 
@@ -263,6 +73,7 @@ pub struct Engine {
     costs: Option<Arc<EngineCosts>>,
     traffic: Traffic,
     prefetcher: Option<Prefetcher>,
+    streamer: Option<Streamer>,
     rule: schedule::Rule,
     /// Misses computed at home that may yet be loaded: (layer's index, expert), latest last.
     fills: VecDeque<(usize, u32)>,
@@ -272,6 +83,10 @@ pub struct Engine {
     preload: Vec<(usize, u32)>,
     /// Layers with a demand under way, ascending.
     busy: Vec<usize>,
+    /// Slots that come or go at once: those of one layer's demand by one token.
+    stage: u32,
+    /// Whether a pool has not yet as many slots as it is to have.
+    resizing: bool,
     actions: VecDeque<Action>,
     statistics: Statistics,
     aborted: bool,
@@ -303,13 +118,13 @@ impl Engine {
 
     fn build(plan: &CheckedPlan, costs: Option<Arc<EngineCosts>>, policies: Option<Vec<Box<dyn cache::CachePolicy>>>) -> Self {
         let (pools, first_keys) = Pool::all(plan, policies);
-        let staging = Staging::new(pools.len() as u32, plan.plan().engine.staging_slots);
+        let staging = Staging::new(pools.len() as u32, plan.staging_slots(), plan.plan().engine.staging_slots);
         let mut index_of = Vec::new();
         let mut layers = Vec::with_capacity(plan.moe_layers().len());
         for (i, (layer, first_key)) in plan.moe_layers().iter().zip(first_keys).enumerate() {
             index_of.resize(*layer as usize, None);
             index_of.push(Some(i));
-            layers.push(LayerEngine::new(plan, *layer, i, first_key));
+            layers.push(LayerEngine::new(plan, *layer, i, first_key, costs.as_deref()));
         }
         let tiers = plan.plan().tiers.len();
         let link_of_tier: Vec<usize> = match &costs {
@@ -327,6 +142,7 @@ impl Engine {
             staging,
             pool_of: plan.moe_layers().iter().map(|l| plan.pool_of(*l) as usize).collect(),
             prefetcher: costs.as_ref().and_then(|_| Prefetcher::new(plan)),
+            streamer: costs.as_ref().and_then(|c| Streamer::new(plan, c)),
             rule: plan.plan().engine.schedule,
             fills: VecDeque::new(),
             fill: plan.plan().engine.fill,
@@ -335,6 +151,8 @@ impl Engine {
             traffic: Traffic { links, link_of_tier },
             preload,
             busy: Vec::new(),
+            stage: plan.moe_layers().iter().map(|l| plan.experts_per_token(*l)).max().unwrap_or(1).max(1),
+            resizing: false,
             actions: VecDeque::new(),
             statistics: Statistics { bytes_loaded_by_tier: vec![Bytes::ZERO; tiers], ..Statistics::default() },
             aborted: false,
@@ -359,6 +177,12 @@ impl Engine {
                 self.begin(now);
                 return Ok(());
             }
+            Input::Resize { slots } => {
+                self.resize(slots)?;
+                self.restage();
+                self.resume(now);
+                return Ok(());
+            }
             Input::Routed(d) => d.layer,
             Input::Foreseen { layer, .. } | Input::Computed { layer, .. } => *layer,
             Input::Loaded { key, .. } | Input::Failed { key, .. } => key.layer,
@@ -366,13 +190,16 @@ impl Engine {
         let Some(index) = self.index_of.get(layer as usize).copied().flatten() else {
             return Err(format!("layer {layer} has no routed experts"));
         };
-        let Self { layers, pools, pool_of, staging, costs, traffic, prefetcher, actions, statistics, .. } = self;
+        let Self { layers, pools, pool_of, staging, costs, traffic, prefetcher, streamer, actions, statistics, .. } = self;
+        if let (Some(s), Input::Routed(_)) = (&mut *streamer, &input) {
+            s.before(index, layers, staging);
+        }
         let one = &mut layers[index];
         one.pass(now, statistics);
         let pool = &mut pools[pool_of[index]];
         let mut cx = Context { now, pool, staging, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
         match input {
-            Input::Begin => {}
+            Input::Begin | Input::Resize { .. } => {}
             Input::Routed(demand) => {
                 if let Some(p) = prefetcher {
                     p.routed(now, demand.step, index, &demand.experts);
@@ -386,19 +213,27 @@ impl Engine {
                     self.fills.retain(|(i, _)| *i != index);
                     self.fills.extend(one.missed_at_home().map(|e| (index, e)));
                 }
+                let places = Places { layers, pools, pool_of };
+                if let (Some(s), Some(costs)) = (streamer, &costs) {
+                    s.after(index, &demand, places, costs);
+                }
                 if let (Some(p), Some(costs)) = (prefetcher, costs) {
-                    p.guess(index, layers, pools, pool_of, costs, self.rule);
+                    p.guess(index, places, costs, self.rule);
                 }
             }
             Input::Foreseen { distance, scores, .. } => {
                 if !scores.iter().all(|(e, _)| (*e as usize) < one.homes.len()) {
                     return Err(format!("a guess at layer {layer} names experts that it lacks"));
                 }
+                let places = Places { layers, pools, pool_of };
+                if let (Some(s), Some(costs)) = (streamer, &costs) {
+                    s.foreseen(index, &scores, places, costs);
+                }
                 // It was sent after the demand that it is based on, whose guesses it replaces.
                 if let (Some(p), Some(costs)) = (prefetcher, costs)
                     && p.foreseen(index, distance as usize, &scores)
                 {
-                    p.guess_at(index - distance as usize, distance as usize, layers, pools, pool_of, costs, self.rule);
+                    p.guess_at(index - distance as usize, distance as usize, places, costs, self.rule);
                 }
             }
             Input::Loaded { key, slot } => one.loaded(key.expert, slot, &mut cx)?,
@@ -406,6 +241,7 @@ impl Engine {
             Input::Failed { key, slot, reason } => one.failed(key.expert, slot, &reason, &mut cx)?,
         }
         let place = self.busy.binary_search(&index);
+        let was_busy = place.is_ok();
         match (self.layers[index].is_busy(), place) {
             (true, Err(at)) => self.busy.insert(at, index),
             (false, Ok(at)) => {
@@ -413,7 +249,12 @@ impl Engine {
             }
             _ => {}
         }
+        // A demand was served, or nobody waits.
+        if self.resizing && (self.busy.is_empty() || was_busy && !self.layers[index].is_busy()) {
+            self.restage();
+        }
         self.resume(now);
+        self.stream_ahead(now);
         self.prefetch(now);
         self.fill(now);
         Ok(())
@@ -434,106 +275,6 @@ impl Engine {
                 out: actions,
                 stats: statistics,
             });
-        }
-    }
-
-    /// Fills the slots as the plan says.
-    fn begin(&mut self, now: Nanos) {
-        for (index, expert) in std::mem::take(&mut self.preload) {
-            let Self { layers, pools, pool_of, staging, costs, traffic, actions, statistics, .. } = self;
-            let pool = &mut pools[pool_of[index]];
-            if pool.presence(layers[index].key(expert)) == Presence::Absent && pool.would_evict() == Some(None) {
-                let mut cx = Context { now, pool, staging, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
-                layers[index].prefetch(expert, false, &mut cx);
-                statistics.preloads += 1;
-            }
-        }
-    }
-
-    /// Loads misses that were computed at home, newest first, on links that carry nothing.
-    fn fill(&mut self, now: Nanos) {
-        let Self { layers, pools, pool_of, staging, costs, traffic, fills, actions, statistics, .. } = self;
-        let mut at = fills.len();
-        while at > 0 {
-            at -= 1;
-            let (index, expert) = fills[at];
-            let layer = &layers[index];
-            let (demanded, prefetched, _) = *traffic.of(layer.homes[expert as usize].tier);
-            if demanded + prefetched > 0 {
-                continue;
-            }
-            fills.remove(at);
-            let (key, pool) = (layer.key(expert), &mut pools[pool_of[index]]);
-            if pool.presence(key) != Presence::Absent {
-                continue;
-            }
-            // Seconds saved while it stays, for as many steps as the rates look back, against what the copy takes from computing.
-            let time = costs.as_ref().map(|c| &c.layers[index].tiers[layer.homes[expert as usize].tier.0 as usize]);
-            let saved = |rate: f32| {
-                let s = time.and_then(|t| t.at_home.as_ref()).map_or(0.0, |t| t.at(1).to_seconds().0);
-                f64::from(rate * FILL_STEPS) * s
-            };
-            let price = time.map_or(0.0, |t| t.contended.to_seconds().0);
-            let worth_it = match pool.would_evict() {
-                None => false,
-                Some(None) => true,
-                Some(Some(victim)) => {
-                    let of_victim = victim.checked_sub(layer.first_key).and_then(|e| self.rates[index].get(e as usize));
-                    let rate = self.rates[index][expert as usize] - of_victim.copied().unwrap_or(0.0);
-                    pool.cache.worth(key) > pool.cache.worth(victim) && saved(rate) > price
-                }
-            };
-            if worth_it {
-                let mut cx = Context { now, pool, staging, costs: costs.as_deref(), traffic, out: actions, stats: statistics };
-                if layer.prefetch(expert, false, &mut cx) {
-                    statistics.fills += 1;
-                }
-            }
-        }
-    }
-
-    /// Issues what is worth it on links without demands.
-    fn prefetch(&mut self, now: Nanos) {
-        let Self { layers, pools, pool_of, staging, costs, traffic, prefetcher, actions, statistics, .. } = self;
-        let (Some(prefetcher), Some(costs)) = (prefetcher, costs) else { return };
-        if traffic.links.iter().all(|(demanded, prefetched, _)| demanded + prefetched > 0) {
-            return;
-        }
-        let elapsed_s = now.0.saturating_sub(prefetcher.last_demand().0) as f64 * 1e-9;
-        // Who would have to go, by pool: the same for all guesses until one of them is issued.
-        let mut victims: Vec<(usize, Option<Option<u32>>)> = Vec::new();
-        loop {
-            victims.clear();
-            let best = prefetcher.next(|c, starts_in_s, chances| {
-                let layer = &layers[c.index];
-                let tier = layer.homes[c.expert as usize].tier;
-                let (demanded, prefetched, _) = *traffic.of(tier);
-                let pool = &pools[pool_of[c.index]];
-                let copy_s = costs.layers[c.index].tiers[tier.0 as usize].copy.to_seconds().0;
-                let in_time = elapsed_s + copy_s <= starts_in_s;
-                if demanded + prefetched > 0 || !in_time || pool.presence(layer.key(c.expert)) != Presence::Absent {
-                    return false;
-                }
-                let known = victims.iter().find(|v| v.0 == pool_of[c.index]).map(|v| v.1);
-                let victim = known.unwrap_or_else(|| {
-                    let victim = pool.would_evict();
-                    victims.push((pool_of[c.index], victim));
-                    victim
-                });
-                match victim {
-                    None => false,
-                    Some(victim) => {
-                        let of_layer = |key: u32| key.checked_sub(layer.first_key).and_then(|e| chances.get(e as usize)).copied();
-                        Prefetcher::beats(c, victim.and_then(of_layer))
-                    }
-                }
-            });
-            let Some(c) = best else { return };
-            let pool = &mut pools[pool_of[c.index]];
-            let mut cx = Context { now, pool, staging, costs: Some(costs), traffic, out: actions, stats: statistics };
-            if !layers[c.index].prefetch(c.expert, true, &mut cx) {
-                return;
-            }
         }
     }
 

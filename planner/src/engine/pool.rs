@@ -6,6 +6,7 @@ use super::cache::{self, CachePolicy, Seen};
 use super::expert_cache::{ExpertCache, SlotState};
 use super::{Demand, ExpertKey, SlotId, Statistics};
 use crate::check::CheckedPlan;
+use tierwise_cost::units::Bytes;
 
 /// What became of a prefetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +31,12 @@ pub(super) enum Presence {
 pub(super) struct Pool {
     number: u32,
     pub cache: ExpertCache,
+    /// Bytes of a slot.
+    pub slot_bytes: Bytes,
+    /// How many slots it is to have; it has others while they come or go.
+    target: u32,
+    /// Experts that are loaded before use: more slots are of no use.
+    loadable: u32,
     /// Demanded and not computed yet: may not be evicted. `[keys]`
     kept: Vec<bool>,
     prefetched: Vec<Prefetched>,
@@ -46,12 +53,15 @@ impl Pool {
         let mut first_keys = Vec::with_capacity(plan.moe_layers().len());
         let mut sizes: Vec<(u32, Vec<(u32, u32)>)> = plan.cache_pools().iter().map(|_| (0, Vec::new())).collect();
         let mut policies = vec![Default::default(); sizes.len()];
+        let mut loadable = vec![0; sizes.len()];
         for l in &plan.plan().layers {
             let pool = plan.pool_of(l.layer) as usize;
             let (keys, layers) = &mut sizes[pool];
             layers.push((*keys, l.layer));
             first_keys.push(*keys);
             *keys += plan.num_experts(l.layer);
+            let loaded = |e: &u32| plan.tier(plan.tier_of(l.layer, *e)).through.is_some();
+            loadable[pool] += (0..plan.num_experts(l.layer)).filter(loaded).count() as u32;
             if l.slots > 0 {
                 policies[pool] = l.policy;
             }
@@ -66,6 +76,9 @@ impl Pool {
         let pools = pools.map(|(i, (((keys, layers), pool), policy))| Self {
             number: i as u32,
             cache: ExpertCache::new(pool.slots, keys, policy),
+            slot_bytes: pool.slot_bytes,
+            target: pool.slots,
+            loadable: loadable[i],
             kept: vec![false; keys as usize],
             prefetched: vec![Prefetched::No; keys as usize],
             layers,
@@ -112,14 +125,47 @@ impl Pool {
     pub fn place(&mut self, key: u32, stats: &mut Statistics) -> Option<(SlotId, Option<ExpertKey>)> {
         let kept = &self.kept;
         let placed = self.cache.place(key, |k| kept[k as usize])?;
-        let evicted = placed.evicted.map(|k| {
-            stats.evictions += 1;
-            if std::mem::replace(&mut self.prefetched[k as usize], Prefetched::No) == Prefetched::Unused {
-                stats.prefetches_useless += 1;
-            }
-            self.name(k)
-        });
+        let evicted = placed.evicted.map(|k| self.evicted(k, stats));
         Some((SlotId { pool: self.number, index: placed.slot }, evicted))
+    }
+
+    fn evicted(&mut self, key: u32, stats: &mut Statistics) -> ExpertKey {
+        stats.evictions += 1;
+        if std::mem::replace(&mut self.prefetched[key as usize], Prefetched::No) == Prefetched::Unused {
+            stats.prefetches_useless += 1;
+        }
+        self.name(key)
+    }
+
+    /// It is to have so many slots; `Err` says how many it can have.
+    pub fn aim_at(&mut self, slots: u32) -> Result<(), std::ops::RangeInclusive<u32>> {
+        let possible = self.loadable.min(1)..=self.loadable;
+        if !possible.contains(&slots) {
+            return Err(possible);
+        }
+        if slots != self.target {
+            self.target = slots;
+            self.cache.expect(slots);
+        }
+        Ok(())
+    }
+
+    /// How many slots it is to have.
+    pub const fn target(&self) -> u32 {
+        self.target
+    }
+
+    /// An empty slot more.
+    pub fn add(&mut self) -> SlotId {
+        SlotId { pool: self.number, index: self.cache.add() }
+    }
+
+    /// A slot less, and who had to leave it; `None` if none may go now.
+    pub fn give_up(&mut self, stats: &mut Statistics) -> Option<(SlotId, Option<ExpertKey>)> {
+        let kept = &self.kept;
+        let gone = self.cache.give_up(|k| kept[k as usize])?;
+        let evicted = gone.evicted.map(|k| self.evicted(k, stats));
+        Some((SlotId { pool: self.number, index: gone.slot }, evicted))
     }
 
     /// Is `key` to take a slot for good, as the policy sees it? `None` if there is no slot for it now.

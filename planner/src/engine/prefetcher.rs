@@ -5,12 +5,13 @@
 //! its layer starts, and when it is likelier to be needed there than the expert that must go. Guesses for a layer are dropped when its
 //! router has spoken. One prefetch per link is under way at a time, so a demand never waits for more than the rest of one.
 
-use super::SCORE_ONE;
 use super::costs::EngineCosts;
 use super::layer::LayerEngine;
+use super::makespans::Makespans;
 use super::pool::{Pool, Presence};
-use super::prefetch::{HitCalibration, Mix, Predictor, Shape};
+use super::prefetch::{HitCalibration, Mix, Predictor, Shape, logistic};
 use super::schedule::{Item, LayerWork, Rule, Schedule, Scratch};
+use super::{Places, SCORE_ONE};
 use crate::check::CheckedPlan;
 use crate::plan::PrefetchKind;
 use tierwise_cost::units::Nanos;
@@ -33,16 +34,36 @@ pub(super) struct Candidate {
     gain_s: f64,
 }
 
+/// Probability that each expert of a layer is demanded when the layer comes next.
+#[derive(Debug)]
+pub(super) struct Chances {
+    /// Probabilities, or logarithms of their odds: few of them are ever asked for. `[experts]`
+    values: Vec<f64>,
+    are_log_odds: bool,
+}
+
+impl Chances {
+    fn none(experts: u32) -> Self {
+        Self { values: vec![0.0; experts as usize], are_log_odds: false }
+    }
+
+    /// That of an expert that the layer has.
+    pub fn of(&self, expert: u32) -> Option<f32> {
+        let value = *self.values.get(expert as usize)?;
+        Some(if self.are_log_odds { logistic(value) } else { value } as f32)
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Prefetcher {
     kind: PrefetchKind,
     /// Layers to look ahead.
     depth: usize,
-    predictor: Box<dyn Predictor>,
+    predictor: Mix,
     calibration: HitCalibration,
     candidates: Vec<Candidate>,
-    /// Probability that an expert is demanded when its layer comes next. `[layers][experts]`
-    chances: Vec<Vec<f32>>,
+    /// `[layers]`
+    chances: Vec<Chances>,
     /// Look-ahead guesses for layers of the running step. `[layers]`
     foreseen: Vec<Option<Foreseen>>,
     /// Mean time from one layer's demand to the next's, in seconds; 0 unknown. `[layers]`
@@ -51,6 +72,8 @@ pub(super) struct Prefetcher {
     last: Option<(usize, Nanos)>,
     /// Experts per step that each layer asked for lately. `[layers]`
     demanded: Vec<f64>,
+    /// `[layers]`
+    makespans: Vec<Makespans>,
     work: LayerWork,
     schedule: Schedule,
     scratch: Scratch,
@@ -75,14 +98,15 @@ impl Prefetcher {
         Some(Self {
             kind: settings.prefetch,
             depth: settings.prefetch_layers as usize,
-            predictor: Box::new(Mix::new(shape)),
+            predictor: Mix::new(shape),
             calibration: HitCalibration::new(shape.max_distance),
             candidates: Vec::new(),
-            chances: experts.iter().map(|e| vec![0.0; *e as usize]).collect(),
+            chances: experts.iter().map(|e| Chances::none(*e)).collect(),
             foreseen: vec![None; n],
             interval_s: vec![0.0; n],
             last: None,
             demanded: vec![0.0; n],
+            makespans: vec![Makespans::default(); n],
             work: LayerWork::default(),
             schedule: Schedule::default(),
             scratch: Scratch::default(),
@@ -123,57 +147,58 @@ impl Prefetcher {
     }
 
     /// New guesses after layer `index` was asked.
-    pub fn guess(
-        &mut self,
-        index: usize,
-        layers: &[LayerEngine],
-        pools: &[Pool],
-        pool_of: &[usize],
-        costs: &EngineCosts,
-        rule: Rule,
-    ) {
-        let n = layers.len();
-        for distance in 1..=self.depth.min(n) {
-            self.guess_at(index, distance, layers, pools, pool_of, costs, rule);
+    pub fn guess(&mut self, index: usize, places: Places<'_>, costs: &EngineCosts, rule: Rule) {
+        for distance in 1..=self.depth.min(places.layers.len()) {
+            self.guess_again(index, distance, places, costs, rule);
         }
+        self.sort();
     }
 
     /// New guesses at the demand of the layer `distance` after `index`.
-    #[expect(clippy::too_many_arguments, reason = "the engine's parts, borrowed one by one")]
-    pub fn guess_at(
-        &mut self,
-        index: usize,
-        distance: usize,
-        layers: &[LayerEngine],
-        pools: &[Pool],
-        pool_of: &[usize],
-        costs: &EngineCosts,
-        rule: Rule,
-    ) {
-        let target = (index + distance) % layers.len();
+    pub fn guess_at(&mut self, index: usize, distance: usize, places: Places<'_>, costs: &EngineCosts, rule: Rule) {
+        self.guess_again(index, distance, places, costs, rule);
+        self.sort();
+    }
+
+    fn guess_again(&mut self, index: usize, distance: usize, places: Places<'_>, costs: &EngineCosts, rule: Rule) {
+        let target = (index + distance) % places.layers.len();
         let limit = (self.demanded[target] * 2.0).ceil().max(1.0) as usize;
         let chances = &mut self.chances[target];
         let guesses: Vec<(u32, f64)> = match &self.foreseen[target] {
             Some((d, scores)) => {
                 let mut all: Vec<(u32, f64)> = scores.iter().map(|(e, p)| (*e, self.calibration.probability(*d, *p))).collect();
                 all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-                all.retain(|(e, _)| (*e as usize) < chances.len());
-                chances.fill(0.0);
+                all.retain(|(e, _)| (*e as usize) < chances.values.len());
+                chances.values.fill(0.0);
+                chances.are_log_odds = false;
                 for (e, p) in &all {
-                    chances[*e as usize] = *p as f32;
+                    chances.values[*e as usize] = *p;
                 }
                 all.truncate(limit);
                 all
             }
-            None => self.predictor.predict_all(index, distance, limit, chances),
+            None => {
+                let guesses = self.predictor.predict_all(index, distance, limit, &mut chances.values);
+                chances.are_log_odds = guesses.is_some();
+                guesses.unwrap_or_else(|| {
+                    chances.values.fill(0.0);
+                    Vec::new()
+                })
+            }
         };
         self.candidates.retain(|c| c.index != target);
-        let pool = &pools[pool_of[target]];
-        self.weigh(target, &guesses, &layers[target], pool, costs, rule);
+        self.weigh(target, &guesses, places.at(target), costs, rule);
     }
 
     /// What each absent guess is worth: the layer's time with the likely demand, with and without it in place.
-    fn weigh(&mut self, index: usize, guesses: &[(u32, f64)], layer: &LayerEngine, pool: &Pool, costs: &EngineCosts, rule: Rule) {
+    fn weigh(
+        &mut self,
+        index: usize,
+        guesses: &[(u32, f64)],
+        (layer, pool): (&LayerEngine, &Pool),
+        costs: &EngineCosts,
+        rule: Rule,
+    ) {
         let likely = (self.demanded[index].round().max(1.0) as usize).min(guesses.len());
         self.work.items.clear();
         for (expert, _) in &guesses[..likely] {
@@ -194,15 +219,9 @@ impl Prefetcher {
         }
         let sync = layer.homes.iter().find_map(|h| h.at_home).map_or(0.0, |x| costs.sync[x.0 as usize].to_seconds().0);
         (self.work.gpu_busy_s, self.work.cpu_first_s, self.work.link_busy_s) = (0.0, sync, 0.0);
-        let without = self.makespan(rule);
         // With all of them alike it does not matter which is in place.
-        let items = &self.work.items;
-        let missing = items.iter().find(|i| !i.is_cached());
-        let alike = items.windows(2).all(|w| w[0].gpu_s == w[1].gpu_s && w[0].cpu_s == w[1].cpu_s)
-            && items
-                .iter()
-                .filter(|i| !i.is_cached())
-                .all(|i| missing.is_some_and(|m| i.move_s == m.move_s && i.contended_s == m.contended_s));
+        let alike = Makespans::are_alike(&self.work.items);
+        let without = self.makespan(index, alike, rule);
         let mut known = None;
         for (expert, probability) in guesses {
             let home = layer.homes[*expert as usize];
@@ -214,7 +233,7 @@ impl Prefetcher {
                     let with = known.filter(|_| alike).unwrap_or_else(|| {
                         let item = self.work.items[at];
                         (self.work.items[at].move_s, self.work.items[at].contended_s) = (0.0, 0.0);
-                        let with = self.makespan(rule);
+                        let with = self.makespan(index, alike, rule);
                         self.work.items[at] = item;
                         with
                     });
@@ -225,20 +244,31 @@ impl Prefetcher {
             };
             self.candidates.push(Candidate { index, expert: *expert, probability: *probability, gain_s });
         }
-        self.candidates.sort_by(|a, b| {
+    }
+
+    /// The best first.
+    fn sort(&mut self) {
+        self.candidates.sort_unstable_by(|a, b| {
             (b.gain_s.total_cmp(&a.gain_s))
                 .then(b.probability.total_cmp(&a.probability))
                 .then((a.index, a.expert).cmp(&(b.index, b.expert)))
         });
     }
 
-    fn makespan(&mut self, rule: Rule) -> f64 {
-        rule.decide(&self.work, &mut self.scratch, &mut self.schedule);
-        self.schedule.makespan_s
+    /// What `rule` makes of the work, which is the layer's at `index`.
+    fn makespan(&mut self, index: usize, alike: bool, rule: Rule) -> f64 {
+        let Self { work, scratch, schedule, makespans, .. } = self;
+        let work = &*work;
+        let mut decide = || {
+            rule.decide(work, scratch, schedule);
+            schedule.makespan_s
+        };
+        // To other rules it may matter in which order equal ones come.
+        if alike && rule == Rule::Exact { makespans[index].of(work, decide) } else { decide() }
     }
 
     /// Takes the best guess that may be loaded now, if there is one.
-    pub fn next(&mut self, mut allowed: impl FnMut(&Candidate, f64, &[f32]) -> bool) -> Option<Candidate> {
+    pub fn next(&mut self, mut allowed: impl FnMut(&Candidate, f64, &Chances) -> bool) -> Option<Candidate> {
         let (last, _) = self.last?;
         let n = self.chances.len();
         let until = |target: usize| {

@@ -6,7 +6,7 @@
 use crate::evaluate::{LayerPlacement, Placement};
 use crate::price::{Copies, LayerPrice, PriceTable};
 use crate::scenario::Scenarios;
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 /// What one layer did.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,27 +36,31 @@ impl LayerReplay {
 pub fn replay_layer(price: &LayerPrice, num_links: usize, placement: &LayerPlacement, steps: &[Vec<u16>]) -> LayerReplay {
     let tiers = price.tiers.len();
     // How many steps have these numbers of active and of copied experts per tier: they take the same time.
-    let mut kinds: BTreeMap<Vec<u32>, u64> = BTreeMap::new();
+    let mut kinds: HashMap<Vec<u32>, u64> = HashMap::new();
     let mut kind = vec![0_u32; 2 * tiers];
-    let mut recent: Vec<u16> = Vec::with_capacity(placement.tier_of.len());
-    let cached = |e: u16| price.tiers[usize::from(placement.tier_of[usize::from(e)])].copies == Copies::Misses;
+    let (slots, experts) = (placement.slots as usize, placement.tier_of.len());
+    // Latest first; and by expert.
+    let mut recent: Vec<u16> = Vec::with_capacity(experts);
+    let mut is_held = vec![false; experts];
+    let cached: Vec<bool> = placement.tier_of.iter().map(|t| price.tiers[usize::from(*t)].copies == Copies::Misses).collect();
     for step in steps {
         kind.fill(0);
-        for e in step {
-            let t = usize::from(placement.tier_of[usize::from(*e)]);
+        for e in step.iter().map(|e| usize::from(*e)) {
+            let t = usize::from(placement.tier_of[e]);
             kind[t] += 1;
-            if cached(*e) && !recent.contains(e) {
-                kind[tiers + t] += 1;
-            }
+            kind[tiers + t] += u32::from(cached[e] && !is_held[e]);
         }
-        for e in step.iter().filter(|e| cached(**e)) {
-            let from = recent.iter().position(|r| r == e).unwrap_or_else(|| {
+        for e in step.iter().filter(|e| cached[usize::from(**e)]) {
+            let from = if std::mem::replace(&mut is_held[usize::from(*e)], true) {
+                recent.iter().position(|r| r == e).expect("who is held is in the list")
+            } else {
                 recent.push(*e);
                 recent.len() - 1
-            });
+            };
             recent[..=from].rotate_right(1);
         }
-        recent.truncate(placement.slots as usize);
+        recent.iter().skip(slots).for_each(|e| is_held[usize::from(*e)] = false);
+        recent.truncate(slots);
         match kinds.get_mut(kind.as_slice()) {
             Some(n) => *n += 1,
             None => {
@@ -64,6 +68,9 @@ pub fn replay_layer(price: &LayerPrice, num_links: usize, placement: &LayerPlace
             }
         }
     }
+    // In a fixed order: sums are the same in every run.
+    let mut kinds: Vec<(Vec<u32>, u64)> = kinds.into_iter().collect();
+    kinds.sort_unstable();
     let mut replay = LayerReplay { seconds: 0.0, active: vec![0; tiers], copied: vec![0; tiers] };
     for (kind, n) in kinds {
         let (active, copied) = kind.split_at(tiers);
@@ -84,8 +91,10 @@ fn slowest(price: &LayerPrice, num_links: usize, active: &[u32], copied: &[u32])
     let mut slowed = vec![0.0; processors];
     for (t, tier) in price.tiers.iter().enumerate() {
         time[tier.processor] += f64::from(active[t]) * tier.expert_s;
+        tier.shares(false).for_each(|(r, seconds)| time[processors + r] += f64::from(active[t]) * seconds);
         if copied[t] > 0 {
             time[processors + tier.link] += f64::from(copied[t]) * tier.copy_s;
+            tier.shares(true).for_each(|(r, seconds)| time[processors + r] += f64::from(copied[t]) * seconds);
             if let Some((p, seconds)) = tier.contends {
                 slowed[p] += f64::from(copied[t]) * seconds;
             }

@@ -101,7 +101,7 @@ impl Shape {
         let latent = |l: &tierwise_cost::model::LayerSpec| match &l.attention {
             Attention::Mla(_) => true,
             Attention::PlanOnly(m) => m.name.contains("latent"),
-            Attention::Gqa(_) => false,
+            Attention::Gqa(_) | Attention::DeltaNet(_) => false,
         };
         (moe_layers > 0.0 && routed > 0.0).then(|| Self {
             name: g.name.clone(),
@@ -166,7 +166,7 @@ impl Cache {
         match a {
             Attention::Gqa(a) => Self {
                 kv_elements: 2.0 * f64::from(a.num_kv_heads) * f64::from(a.head_dim),
-                window: a.sliding_window.map(f64::from),
+                window: a.reach().map(f64::from),
                 flops: 4.0 * f64::from(a.num_heads) * f64::from(a.head_dim),
                 state_bytes: 0.0,
             },
@@ -176,6 +176,9 @@ impl Cache {
                 flops: 2.0 * f64::from(a.num_heads) * (2.0 * f64::from(a.kv_lora_rank) + f64::from(a.qk_rope_head_dim)),
                 state_bytes: 0.0,
             },
+            Attention::DeltaNet(a) => {
+                Self { kv_elements: 0.0, window: None, flops: 0.0, state_bytes: a.state_elements() as f64 * 4.0 * 2.0 }
+            }
             Attention::PlanOnly(m) => Self {
                 kv_elements: m.kv_elements_per_token as f64,
                 window: m.sliding_window.map(f64::from),

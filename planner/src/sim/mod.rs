@@ -2,7 +2,9 @@
 //!
 //! Resources are the plan's processors and the links that its copies use. Each does one thing at a time, in the order asked; all run
 //! side by side. Where a copy reads the memory from which a processor computes, the processor ends later by what the copy takes
-//! ([`crate::engine::costs::TierTime::contended`]). Copies of guesses go on while other layers compute.
+//! ([`crate::engine::costs::TierTime::contended`]); where that memory is not the processor's home, by as much of that as it computes from
+//! there. Links into one GPU share its slot on the bus: together they copy no faster than that. Copies of guesses go on while other layers
+//! compute.
 
 pub mod choice;
 pub mod count;
@@ -22,7 +24,7 @@ use crate::engine::cache::CachePolicy;
 use crate::engine::costs::EngineCosts;
 use crate::engine::{Action, Engine, ExecutorId, ExpertKey, Input, Location, SlotId, Statistics};
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use tierwise_cost::units::{Bytes, Nanos};
 
@@ -134,6 +136,29 @@ struct Copying {
     /// What it takes from the reading of that executor, if that reads all the while.
     contended: Nanos,
     reader: u32,
+    /// Only of what is read from this memory, by its first tier; `None`: the reader's home.
+    of: Option<usize>,
+}
+
+/// What an executor is doing.
+#[derive(Debug, Clone, Default)]
+struct Running {
+    begin: Nanos,
+    /// By how much copies have delayed it so far.
+    late: u64,
+    /// How long it takes alone.
+    took: Nanos,
+    /// Parts of that by the memory that is read (its first tier), as far as memories are anybody's but the executor's home.
+    reads: Vec<(usize, Nanos)>,
+}
+
+impl Running {
+    /// The part of its time in which it reads what a copy reads.
+    fn share(&self, c: &Copying) -> f64 {
+        let Some(of) = c.of else { return 1.0 };
+        let read: u64 = self.reads.iter().filter(|(memory, _)| *memory == of).map(|(_, t)| t.0).sum();
+        if self.took.0 == 0 { 0.0 } else { read as f64 / self.took.0 as f64 }
+    }
 }
 
 impl Copying {
@@ -183,7 +208,9 @@ fn drive(engine: Engine, plan: &CheckedPlan, costs: Option<&Arc<EngineCosts>>, w
         at_once: VecDeque::new(),
         started: 0,
         free: vec![Nanos(0); executors + links],
-        running: vec![(Nanos(0), 0); executors],
+        running: vec![Running::default(); executors],
+        ports: HashMap::new(),
+        shares_reads: costs.is_some_and(|c| c.layers.iter().flat_map(|l| &l.tiers).any(|t| t.shared_reads.0 > 0)),
         copying: Vec::new(),
         tokens_of: Vec::new(),
         finished: true,
@@ -226,8 +253,12 @@ struct Simulator<'a> {
     started: u64,
     /// When each resource is free: executors, then links.
     free: Vec<Nanos>,
-    /// When each executor began its wave, and by how much copies have delayed that so far.
-    running: Vec<(Nanos, u64)>,
+    /// By executor.
+    running: Vec<Running>,
+    /// When the way into a GPU's memory has carried all that was put on it, by the memory's name.
+    ports: HashMap<&'a str, Nanos>,
+    /// Copies read memories from which executors compute though they are not their homes.
+    shares_reads: bool,
     copying: Vec<Copying>,
     /// Tokens of each expert in the running demand, ascending by expert.
     tokens_of: Vec<(u32, u32)>,
@@ -311,11 +342,12 @@ impl Simulator<'_> {
                 Done::Load { layer, expert, slot } => self.tell(Input::Loaded { key: ExpertKey { layer, expert }, slot }),
                 Done::Wave { layer, wave, executor } => {
                     // It was slower while copies read its memory: by what they took until now, of which it may be late again.
-                    let (start, late) = self.running[executor as usize];
+                    let running = &mut self.running[executor as usize];
+                    let late = running.late;
                     let beside = self.copying.iter().filter(|c| c.reader == executor);
-                    let delay = beside.map(|c| c.takes(start, due.at)).sum::<u64>();
+                    let delay = beside.map(|c| (c.takes(running.begin, due.at) as f64 * running.share(c)) as u64).sum::<u64>();
                     if delay > late {
-                        self.running[executor as usize].1 = delay;
+                        running.late = delay;
                         let end = due.at + Nanos(delay - late);
                         self.busy(executor as usize, due.at, end, || "waits for memory".into());
                         self.free[executor as usize] = end;
@@ -342,7 +374,7 @@ impl Simulator<'_> {
                 Action::Compute { layer, wave, experts, executor } => self.compute(layer, wave, &experts, executor),
                 Action::Abort { reason } => self.report.aborted = Some(reason),
                 Action::Finish { .. } => self.finished = true,
-                Action::Evict { .. } => {}
+                Action::Evict { .. } | Action::Allocate { .. } | Action::Release { .. } => {}
             }
         }
     }
@@ -357,19 +389,30 @@ impl Simulator<'_> {
         let link = self.plan.executors().len() + number;
         self.report.bytes_by_link[number].1 += bytes;
         let begin = self.free[link].max(self.now);
-        let end = begin + time.copy;
+        let mut end = begin + time.copy();
+        if time.port.0 > 0 {
+            // Copies over other links are on the same wire, which works off what was asked for without a pause: when the last of several is
+            // done is exact, the order between them is that of asking.
+            let carried = self.ports.entry(costs.links[number].to.as_str()).or_insert(Nanos(0));
+            *carried = (*carried).max(self.now) + time.port;
+            end = end.max(*carried);
+        }
         self.free[link] = end;
         self.busy(link, begin, end, || format!("layer {} expert {}", key.layer, key.expert));
-        if let Some(reader) = self.plan.home_executor(crate::engine::TierId(tier as u32)) {
+        let id = crate::engine::TierId(tier as u32);
+        let at_home = time.streamed.as_ref().map(|_| self.plan.executor_of(id));
+        let of = (time.shared_reads.0 > 0).then(|| self.plan.first_tier_of(&self.plan.tier(id).memory));
+        let contended = if of.is_some() { time.shared_reads } else { time.contended() };
+        if let Some(reader) = at_home.or_else(|| self.plan.home_executor(id)) {
             if self.copying.len() >= 64 {
                 let (now, running, free) = (self.now, &self.running, &self.free);
                 let counts = |c: &Copying| {
                     let reader = c.reader as usize;
-                    c.end > now || (free[reader] > now && c.end > running[reader].0)
+                    c.end > now || (free[reader] > now && c.end > running[reader].begin)
                 };
                 self.copying.retain(counts);
             }
-            self.copying.push(Copying { begin, end, contended: time.contended, reader: reader.0 });
+            self.copying.push(Copying { begin, end, contended, reader: reader.0, of });
         }
         self.push(end, Done::Load { layer: key.layer, expert: key.expert, slot });
     }
@@ -381,16 +424,22 @@ impl Simulator<'_> {
         };
         let x = executor.0 as usize;
         let mut took = costs.sync[x];
-        for (expert, _) in experts {
+        let mut reads = Vec::new();
+        for (expert, place) in experts {
             let tier = self.plan.tier_of(layer, *expert);
             let time = &costs.layers[index].tiers[tier.0 as usize];
             let at = self.tokens_of.binary_search_by_key(expert, |t| t.0);
             let tokens = at.map_or(1, |i| self.tokens_of[i].1);
-            let home = time.at_home.as_ref().filter(|_| self.plan.executor_of(tier) != executor);
-            took = took + home.unwrap_or(&time.compute).at(tokens);
+            let planned = self.plan.executor_of(tier) == executor;
+            let elsewhere = time.at_home.as_ref().or(time.streamed.as_ref().map(|s| &s.compute)).filter(|_| !planned);
+            let alone = elsewhere.unwrap_or(&time.compute).at(tokens);
+            took = took + alone;
+            if self.shares_reads && *place == Location::Resident {
+                reads.push((self.plan.first_tier_of(&self.plan.tier(tier).memory), alone));
+            }
         }
         let begin = self.free[x].max(self.now);
-        self.running[x] = (begin, 0);
+        self.running[x] = Running { begin, late: 0, took, reads };
         let end = begin + took;
         self.free[x] = end;
         self.busy(x, begin, end, || format!("layer {layer}: {} experts", experts.len()));

@@ -26,8 +26,14 @@ const CLOSE: f64 = 1e-4;
 const MAX_REGIONS: usize = 60_000;
 /// The same with more than four tiers, where a region costs more.
 const MAX_REGIONS_MANY_TIERS: usize = 15_000;
-/// Rounded columns this close to the bound are good enough.
+/// Rounded columns this close to the bound are good enough; and when to look for what takes longer to find: columns for other prices.
 const CLOSE_ROUNDED: f64 = 2e-4;
+const CLOSE_SHIFTED: f64 = 1e-3;
+/// Columns that others are shifted from, by how many experts or slots, how much dearer than the cheapest they may be, and how many are kept.
+const SHIFTED_FROM: usize = 8;
+const SHIFTS: [u32; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 40];
+const SHIFTED_WITHIN: f64 = 0.02;
+const MAX_SHIFTED: usize = 240;
 /// Factors of the prices of memory for which more columns are made before rounding again.
 const NEIGHBOURS: [f64; 4] = [0.7, 0.9, 1.1, 1.4];
 /// Effort for a single layer left over by rounding.
@@ -131,10 +137,17 @@ pub(super) fn solve(problem: &Problem<'_>, form: &Weights<'_>, starts: &[Placeme
     let mut placement = round(problem, form, &classes, &room, &prices)?;
     let seconds =
         |p: &Option<Placement>| p.as_ref().map_or(f64::INFINITY, |p| form.iter().map(|(w, t)| w * step_seconds(t, p)).sum());
-    if seconds(&placement) > (other_s + bound) * (1.0 + CLOSE_ROUNDED) {
-        // What does not come out even needs columns of other sizes: those for other prices of memory.
+    // What does not come out even needs columns of other sizes: those beside the good ones, then those for other prices of memory.
+    for (close, shifted) in [(CLOSE_ROUNDED, true), (CLOSE_SHIFTED, false)] {
+        if seconds(&placement) <= (other_s + bound) * (1.0 + close) {
+            break;
+        }
         for class in &mut classes {
-            class.add_neighbours(&prices, &room, max_regions / 8);
+            if shifted {
+                class.add_shifted(&prices, &room);
+            } else {
+                class.add_neighbours(&prices, &room, max_regions / 8);
+            }
         }
         let again = round(problem, form, &classes, &room, &prices)?;
         if seconds(&again) < seconds(&placement) {
@@ -179,6 +192,30 @@ impl Class<'_> {
         true
     }
 
+    /// Adds columns that differ from the cheapest ones by some experts in another tier, or by some slots: nearly as cheap, and of all sizes.
+    fn add_shifted(&mut self, prices: &[f64], room: &[f64]) {
+        let per_expert: Vec<f64> = prices.iter().map(|p| p * self.mib).collect();
+        let value = |p: &Point| self.counts.priced(p, &per_expert);
+        let mut cheapest: Vec<(f64, &Point)> = self.columns.iter().map(|c| (value(&c.found.point), &c.found.point)).collect();
+        cheapest.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let most = cheapest.first().map_or(0.0, |(v, _)| v * (1.0 + SHIFTED_WITHIN));
+        let fits =
+            |p: &Point| self.counts.experts_in(p, room.len()).iter().zip(room).all(|(n, r)| f64::from(*n) * self.mib <= *r);
+        let mut shifted: Vec<(f64, Point)> = Vec::new();
+        for (_, point) in cheapest.iter().take(SHIFTED_FROM) {
+            for p in shifts(point, &self.counts.through) {
+                let v = value(&p);
+                if v <= most && fits(&p) && shifted.iter().all(|(_, q)| *q != p) {
+                    shifted.push((v, p));
+                }
+            }
+        }
+        shifted.sort_by(|a, b| a.0.total_cmp(&b.0));
+        for (_, point) in shifted.into_iter().take(MAX_SHIFTED) {
+            self.add(point, room.len());
+        }
+    }
+
     /// Adds the columns that would be cheapest if memory cost a little more or less, each memory alone and all together.
     fn add_neighbours(&mut self, prices: &[f64], room: &[f64], max_regions: usize) {
         let max_held: Vec<u32> = room.iter().map(|r| (r / self.mib).floor().min(f64::from(u32::MAX)) as u32).collect();
@@ -200,6 +237,35 @@ impl Class<'_> {
         let value = |c: &Column| c.found.seconds + c.mib.iter().zip(prices).map(|(b, p)| b * p).sum::<f64>();
         self.columns.iter().min_by(|a, b| value(a).total_cmp(&value(b))).map(|c| &c.found.point)
     }
+}
+
+/// The points that differ from `point` by some experts in another tier, or by some slots. `through`: memory of each tier's slots
+fn shifts(point: &Point, through: &[Option<usize>]) -> Vec<Point> {
+    let tiers = through.len();
+    let cache = (0..tiers).find_map(|t| through[t].filter(|_| point.counts[t] > 0));
+    let open = |t: usize| through[t].is_none() || through[t] == cache;
+    let mut points = Vec::new();
+    let mut keep = |mut p: Point| {
+        let cached: u32 = (0..tiers).filter(|t| through[*t].is_some()).map(|t| p.counts[t]).sum();
+        p.slots = p.slots.min(cached);
+        if (p.slots == 0) == (cached == 0) {
+            points.push(p);
+        }
+    };
+    for n in SHIFTS {
+        for from in (0..tiers).filter(|t| point.counts[*t] >= n) {
+            for to in (0..tiers).filter(|t| *t != from && open(*t)) {
+                let mut p = point.clone();
+                p.counts[from] -= n;
+                p.counts[to] += n;
+                keep(p);
+            }
+        }
+        for slots in [point.slots.saturating_sub(n), point.slots + n] {
+            keep(Point { slots, ..point.clone() });
+        }
+    }
+    points
 }
 
 /// The dual of "choose columns": value in seconds, and price in seconds per MiB of each memory.

@@ -5,9 +5,8 @@
 //! time plus price of memory, with proof: branch and bound over boxes of the lattice. Bounds of a box rest on two facts: a layer's
 //! time grows with every tier's count and falls with its slots, and it is at least the mean of any of its branches.
 
-use crate::evaluate::{
-    Branches, Event, JUDGED_EVENTS, LayerPlacement, Loads, Weights, computing, copying, slow_first, slowest_of,
-};
+use super::mixes::Mix;
+use crate::evaluate::{Event, JUDGED_EVENTS, LayerPlacement, Weights, computing, copying, slow_first, slowest_of};
 use crate::price::{Copies, LayerPrice, TierPrice};
 use crate::problem::Problem;
 use std::collections::BinaryHeap;
@@ -101,19 +100,12 @@ impl Ord for Region {
     }
 }
 
-/// A weighted mean of branches: linear in the counts but for misses.
-struct Mix {
-    constant: f64,
-    /// Seconds per expert in each tier, without copies of misses. `[tiers]`
-    per_expert: Vec<f64>,
-    /// Seconds per expert that misses, at least. `[phases]`
-    per_copy: Vec<f64>,
-}
-
 /// With more tiers than this (nodes of many GPUs) the search would take too long.
 const MAX_TIERS: usize = 8;
-/// Events of so many tiers.
-const MAX_EVENTS: usize = 64;
+/// Events of so many tiers: computing and copying.
+const MAX_EVENTS: usize = 2 * MAX_TIERS;
+/// Decoding and a prompt, and some more; copies of phases beyond are taken for free, with which bounds hold.
+const MAX_PHASES: usize = 4;
 /// With more than four tiers open a search looks at this many times fewer regions: each takes longer and tells less.
 const MANY_TIERS: usize = 6;
 
@@ -125,7 +117,7 @@ impl<'a> CountLayer<'a> {
         if problem.tiers.len() > MAX_TIERS || !form.iter().all(|(_, p)| alike(p)) {
             return None;
         }
-        let links = form.iter().flat_map(|(_, p)| &p.tiers).map(|t| t.link + 1).max().unwrap_or(0);
+        let links = form.iter().flat_map(|(_, p)| &p.tiers).map(TierPrice::links_end).max().unwrap_or(0);
         Some(Self {
             order: form.iter().map(|(_, p)| slow_first(p)).collect(),
             form,
@@ -159,7 +151,7 @@ impl<'a> CountLayer<'a> {
                 let (tier, count) = (&p.tiers[*t], f64::from(counts[*t]));
                 let copied = if tier.copies == Copies::Misses { active * count * miss_rate } else { active * count };
                 let event = match copy {
-                    false => computing(tier, active * count, ln_idle * count),
+                    false => computing(tier, active * count, ln_idle * count, p.sync_s.len()),
                     true => copying(tier, copied, p.sync_s.len()),
                 };
                 if let Some(event) = event {
@@ -368,28 +360,31 @@ impl<'a> CountLayer<'a> {
         let cached = |v: &[u32]| (0..v.len()).filter(|t| self.through[*t].is_some()).map(|t| v[t]).sum::<u32>();
         let middle = f64::from(cached(&r.lo) + cached(&r.hi)) / 2.0;
         let x = (f64::from(r.slots.0 + r.slots.1) / 2.0 / middle.max(1.0)).min(1.0);
-        let mut costs = [0.0; MAX_EVENTS];
-        let costs = &mut costs[..r.lo.len()];
+        let (mut costs, mut prices) = ([0.0; MAX_EVENTS], [0.0; MAX_TIERS]);
+        let (costs, prices) = (&mut costs[..r.lo.len()], &mut prices[..r.lo.len()]);
+        prices.iter_mut().enumerate().for_each(|(t, price)| *price = self.price_of(t, expert_price));
+        // n m(s/n) is at least each of its tangent planes n (m - x m') + s m', taken in the middle of the region.
+        let tangent = |p: &LayerPrice| {
+            let lines = p.misses.lines().iter();
+            let at = lines.max_by(|a, b| (a.0 + a.1 * x).total_cmp(&(b.0 + b.1 * x))).copied();
+            at.filter(|(at_zero, slope)| at_zero + slope * x > 0.0).unwrap_or_default()
+        };
+        let mut tangents = [(0.0, 0.0); MAX_PHASES];
+        tangents.iter_mut().zip(&self.form).for_each(|(t, (_, p))| *t = tangent(p));
         for i in 0..mixes.len() {
             let mix = &mixes[i];
             costs.copy_from_slice(&mix.per_expert);
             let mut per_slot = slot_price;
-            // n m(s/n) is at least each of its tangent planes n (m - x m') + s m', taken in the middle of the region.
-            for ((_, p), copy_s) in self.form.iter().zip(&mix.per_copy).filter(|(_, c)| **c > 0.0) {
-                let at = p.misses.lines().iter().max_by(|a, b| (a.0 + a.1 * x).total_cmp(&(b.0 + b.1 * x)));
-                if let Some((at_zero, slope)) = at
-                    && at_zero + slope * x > 0.0
-                {
-                    for (cost, _) in costs.iter_mut().zip(&self.through).filter(|(_, t)| t.is_some()) {
-                        *cost += copy_s * at_zero;
-                    }
-                    per_slot += copy_s * slope;
+            for ((at_zero, slope), copy_s) in tangents.iter().zip(&mix.per_copy).filter(|(_, c)| **c > 0.0) {
+                for (cost, _) in costs.iter_mut().zip(&self.through).filter(|(_, t)| t.is_some()) {
+                    *cost += copy_s * at_zero;
                 }
+                per_slot += copy_s * slope;
             }
             let slots = if per_slot < 0.0 { r.slots.1 } else { r.slots.0 };
             let mut value = mix.constant + f64::from(slots) * per_slot;
             for (t, cost) in costs.iter_mut().enumerate() {
-                *cost += self.price_of(t, expert_price);
+                *cost += prices[t];
                 value += *cost * f64::from(r.lo[t]);
             }
             value += cheapest_fill(costs, r, rest);
@@ -438,67 +433,6 @@ impl<'a> CountLayer<'a> {
         let mut mixes = self.mixes(cache, None);
         self.tighten(&mut r, cache)
             .then(|| (self.priced(point, expert_price), self.bound(&r, cache, expert_price, &mut mixes, f64::INFINITY)))
-    }
-
-    /// Mixes of branches, each summing to one per phase: every branch alone, pairs, and what balances the branches of a good point.
-    /// The mean of a mix is at most the slowest branch's expected time.
-    fn mixes(&self, cache: Option<usize>, good: Option<&Point>) -> Vec<Mix> {
-        let processors = self.form.first().map_or(0, |(_, p)| p.sync_s.len());
-        let n = processors + self.num_links;
-        let uses = |b: usize| {
-            let tiers = self.form.iter().flat_map(|(_, p)| p.tiers.iter().enumerate());
-            tiers
-                .filter(|(t, _)| self.through[*t].is_none() || self.through[*t] == cache)
-                .any(|(_, t)| t.processor == b || (t.copies != Copies::Never && processors + t.link == b))
-        };
-        let used: Vec<usize> = (0..n).filter(|b| uses(*b)).collect();
-        let unit = |b: usize| (0..n).map(|i| f64::from(u8::from(i == b))).collect::<Vec<f64>>();
-        let mut mixes = Vec::new();
-        if let Some(point) = good {
-            let mix = |p: &LayerPrice| {
-                let b = Branches::new(p, &Loads::of_counts(p, &point.counts, point.slots), self.num_links);
-                let all: Vec<f64> = b.iter().map(|b| b.seconds).collect();
-                let sum: f64 = all.iter().sum();
-                if sum > 0.0 { all.iter().map(|s| s / sum).collect() } else { unit(0) }
-            };
-            mixes.push(self.form.iter().map(|(_, p)| mix(p)).collect());
-        }
-        for (i, a) in used.iter().enumerate() {
-            mixes.push(vec![unit(*a); self.form.len()]);
-            for b in &used[i + 1..] {
-                for share in [0.1, 0.25, 0.5, 0.75, 0.9] {
-                    let mix: Vec<f64> = unit(*a).iter().zip(unit(*b)).map(|(x, y)| share * x + (1.0 - share) * y).collect();
-                    mixes.push(vec![mix; self.form.len()]);
-                }
-            }
-        }
-        mixes.into_iter().map(|weights| self.mix(cache, &weights)).collect()
-    }
-
-    /// The mean time of a mix of branches. `weights`: `[phases][processors, links]`
-    fn mix(&self, cache: Option<usize>, weights: &[Vec<f64>]) -> Mix {
-        let mut mix = Mix { constant: 0.0, per_expert: vec![0.0; self.rooms.len()], per_copy: Vec::new() };
-        for ((weight, p), w) in self.form.iter().zip(weights) {
-            mix.constant += weight * p.fixed_s;
-            let active = p.active.first().copied().unwrap_or(0.0);
-            let ln_idle = p.ln_idle.first().copied().unwrap_or(0.0);
-            // A round trip is paid with probability 1 - exp(n ln_idle): concave in n, so at least its chord.
-            let all_busy = -p.ln_idle.iter().sum::<f64>();
-            let chord = if all_busy > 0.0 { (1.0 - (-all_busy).exp()) / all_busy } else { 0.0 };
-            let mut per_copy = f64::INFINITY;
-            for (t, tier) in p.tiers.iter().enumerate() {
-                let sync = p.sync_s[tier.processor] * chord * -ln_idle;
-                mix.per_expert[t] += weight * w[tier.processor] * (active * tier.expert_s + sync);
-                let copy_s = weight * w[p.sync_s.len() + tier.link] * active * tier.copy_s;
-                match tier.copies {
-                    Copies::Always => mix.per_expert[t] += copy_s,
-                    Copies::Misses if self.through[t] == cache => per_copy = per_copy.min(copy_s),
-                    Copies::Misses | Copies::Never => {}
-                }
-            }
-            mix.per_copy.push(if per_copy.is_finite() { per_copy } else { 0.0 });
-        }
-        mix
     }
 
     /// Tries a point in the middle of the region.
@@ -578,7 +512,9 @@ fn no_slower(a: &TierPrice, b: &TierPrice) -> bool {
         (Some((p, s)), Some((q, t))) => p == q && s <= t,
         (Some(_), None) => false,
     };
-    a.processor == b.processor && a.expert_s <= b.expert_s && copies && contends
+    let shares = |copying| a.shares(copying).all(|(r, s)| b.shares(copying).any(|(other, most)| other == r && s <= most));
+    let copy_shares = a.copies == Copies::Never || shares(true);
+    a.processor == b.processor && a.expert_s <= b.expert_s && copies && contends && shares(false) && copy_shares
 }
 
 /// The two halves of a region along its longest side; `None` for a single point.

@@ -86,7 +86,7 @@ pub(super) fn fill(problem: &Problem<'_>, weights: &Weights<'_>, cache: Option<(
 }
 
 /// Shares `bytes` of slots evenly, by experts, over the layers that cache any; none gets more slots than it caches.
-pub(super) fn share_slots(problem: &Problem<'_>, placement: &mut Placement, start: u8, bytes: u64) {
+pub(crate) fn share_slots(problem: &Problem<'_>, placement: &mut Placement, start: u8, bytes: u64) {
     let mut left = bytes;
     let caches: Vec<u32> = placement.layers.iter().map(|l| l.tier_of.iter().filter(|t| **t == start).count() as u32).collect();
     for l in &mut placement.layers {

@@ -203,8 +203,11 @@ fn costs(price: &LayerPrice, num_processors: usize) -> Costs {
     let mut costs = Costs { sync_s: price.sync_s.clone(), ..Costs::default() };
     for (t, tier) in price.tiers.iter().enumerate() {
         costs.costs.push(Cost { tier: t, on: tier.processor, seconds: tier.expert_s, copying: false });
+        let shared = |(r, seconds): (usize, f64), copying| Cost { tier: t, on: num_processors + r, seconds, copying };
+        costs.costs.extend(tier.shares(false).map(|s| shared(s, false)));
         if tier.copies != Copies::Never {
             costs.costs.push(Cost { tier: t, on: num_processors + tier.link, seconds: tier.copy_s, copying: true });
+            costs.costs.extend(tier.shares(true).map(|s| shared(s, true)));
             if let Some((on, seconds)) = tier.contends {
                 costs.costs.push(Cost { tier: t, on, seconds, copying: true });
             }

@@ -9,7 +9,7 @@ use crate::price::{Copies, LayerPrice, TierPrice};
 
 /// Tiers that load into the same slots over different links, taken for one: a relaxation.
 ///
-/// The one tier's link is a new one, as fast as all of theirs together, and disturbs nobody. Its load is the mean of theirs, weighted by
+/// The one tier's link is a new one, as fast as all of theirs together, and disturbs nobody but who shares something with all of them. Its load is the mean of theirs, weighted by
 /// their speeds, so never more than the slowest of them; and as with dominated tiers the expectation over the one tier's events is at
 /// most that over the several ones' (Jensen). It costs as much room as the cheapest of them.
 pub(super) struct Merged {
@@ -32,6 +32,13 @@ fn merge(price: &LayerPrice, tiers: &[usize], num_links: usize) -> Option<LayerP
         link: num_links,
         copy_s: 1.0 / all().map(|t| 1.0 / t.copy_s).sum::<f64>(),
         contends: None,
+        compute_shares: [None; 2],
+        // What all of them share, as the one that takes least of it.
+        copy_shares: first.copy_shares.map(|s| {
+            let (r, _) = s?;
+            let of = |t: &TierPrice| t.shares(true).find(|(other, _)| *other == r).map(|(_, seconds)| seconds);
+            all().map(of).collect::<Option<Vec<f64>>>().map(|seconds| (r, seconds.into_iter().fold(f64::INFINITY, f64::min)))
+        }),
         ..first.clone()
     };
     let mut merged = price.clone();

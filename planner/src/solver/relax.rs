@@ -7,7 +7,7 @@
 //! float64: the method only has to find good ones. Primal-dual hybrid gradient (Chambolle and Pock) with diagonal steps (Pock and
 //! Chambolle 2011) and restarts from averages (Applegate et al. 2021, PDLP).
 
-use super::linear::{Layer, Linear, Step};
+use super::linear::{Costs, Layer, Linear, Step};
 
 /// What the relaxation found.
 pub(super) struct Relaxed {
@@ -169,12 +169,12 @@ impl Method {
                     }
                 });
                 let trips = rows.trips(layer, s);
-                for (on, sync_s) in &trips {
-                    widest[*on] += sync_s * scale;
+                for trip in trips {
+                    widest[trip.on] += trip.sync_s * scale;
                     // Shared by the experts, so each feels its part.
                     for a in &step.active {
-                        for tier in tiers_on(layer, step, *on) {
-                            column[usize::from(a.expert) * t + tier] += sync_s * scale * step.weight * step.share;
+                        for tier in &trip.tiers {
+                            column[usize::from(a.expert) * t + tier] += trip.sync_s * scale * step.weight * step.share;
                         }
                     }
                 }
@@ -183,7 +183,7 @@ impl Method {
                 let (first, end) = rows.range(s);
                 let row = &mut lengths[first..end];
                 for (on, w) in widest.iter().enumerate() {
-                    let in_trips = trips.iter().any(|(p, _)| p == &on);
+                    let in_trips = trips.iter().any(|trip| trip.on == on);
                     row[on] = if *w > 0.0 && !in_trips { 1.0 / most } else { 0.0 };
                 }
                 row[lp.num_resources..].fill(1.0 / most);
@@ -372,14 +372,25 @@ struct Rows {
     num_resources: usize,
     /// Round trips of the step are exact. `[steps]`
     exact: Vec<bool>,
+    /// Round trips that steps may need. `[phases]`
+    trips: Vec<Vec<Trip>>,
+}
+
+/// A round trip to a processor.
+struct Trip {
+    on: usize,
+    sync_s: f64,
+    /// What that processor computes.
+    tiers: Vec<usize>,
 }
 
 impl Rows {
     fn new(lp: &Linear, layer: &Layer) -> Self {
-        let mut rows = Self { first: vec![0], num_resources: lp.num_resources, exact: Vec::new() };
+        let trips = layer.phases.iter().map(|costs| round_trips(layer, costs)).collect();
+        let mut rows = Self { first: vec![0], num_resources: lp.num_resources, exact: Vec::new(), trips };
         for step in &layer.steps {
             let whole = step.active.iter().all(|a| a.times == 1.0);
-            let more = step.active.len() * round_trips(layer, step).count();
+            let more = step.active.len() * rows.trips[step.phase].len();
             let exact = whole && more <= MAX_TRIP_ROWS;
             rows.exact.push(exact);
             rows.first.push(rows.len() + lp.num_resources + if exact { more } else { 0 });
@@ -395,22 +406,19 @@ impl Rows {
         (self.first[step], self.first[step + 1])
     }
 
-    /// Processors whose round trips have rows of their own in a step.
-    fn trips(&self, layer: &Layer, step: usize) -> Vec<(usize, f64)> {
-        if self.exact[step] { round_trips(layer, &layer.steps[step]).collect() } else { Vec::new() }
+    /// Round trips that have rows of their own in a step.
+    fn trips(&self, layer: &Layer, step: usize) -> &[Trip] {
+        if self.exact[step] { &self.trips[layer.steps[step].phase] } else { &[] }
     }
 }
 
-/// Processors that a step may need a round trip to, and its seconds.
-fn round_trips<'a>(layer: &'a Layer, step: &'a Step) -> impl Iterator<Item = (usize, f64)> + 'a {
-    let costs = &layer.phases[step.phase];
-    let may = |p: usize| costs.processor.iter().zip(&layer.allowed).any(|(on, allowed)| *allowed && *on == p);
-    costs.sync_s.iter().copied().enumerate().filter(move |(p, s)| *s > 0.0 && may(*p))
-}
-
-/// Tiers that processor `on` computes.
-fn tiers_on<'a>(layer: &'a Layer, step: &Step, on: usize) -> impl Iterator<Item = usize> + 'a {
-    layer.phases[step.phase].processor.iter().enumerate().filter(move |(t, p)| **p == on && layer.allowed[*t]).map(|(t, _)| t)
+/// Processors that steps with these costs may need a round trip to.
+fn round_trips(layer: &Layer, costs: &Costs) -> Vec<Trip> {
+    let tiers_on =
+        |p: usize| costs.processor.iter().enumerate().filter(move |(t, on)| **on == p && layer.allowed[*t]).map(|(t, _)| t);
+    let trips = costs.sync_s.iter().enumerate().filter(|(_, s)| **s > 0.0);
+    let trips = trips.map(|(on, sync_s)| Trip { on, sync_s: *sync_s, tiers: tiers_on(on).collect() });
+    trips.filter(|trip| !trip.tiers.is_empty()).collect()
 }
 
 /// Every cost of a step: tier, resource, seconds, whether per copy. Round trips are among them, in proportion, unless `exact`.
@@ -435,12 +443,11 @@ fn add_gradient(layer: &Layer, rows: &Rows, mu: &[f64], t: usize, scale: f64, gr
         let (first, end) = rows.range(s);
         let (row, shares) = mu[first..end].split_at(rows.num_resources);
         weight[..row.len()].copy_from_slice(row);
-        let trips = rows.trips(layer, s);
-        for ((on, sync_s), shares) in trips.iter().zip(shares.chunks_exact(step.active.len().max(1))) {
-            weight[*on] = shares.iter().sum();
+        for (trip, shares) in rows.trips(layer, s).iter().zip(shares.chunks_exact(step.active.len().max(1))) {
+            weight[trip.on] = shares.iter().sum();
             for (a, share) in step.active.iter().zip(shares) {
-                for tier in tiers_on(layer, step, *on) {
-                    gradient[usize::from(a.expert) * t + tier] += sync_s * scale * share;
+                for tier in &trip.tiers {
+                    gradient[usize::from(a.expert) * t + tier] += trip.sync_s * scale * share;
                 }
             }
         }
@@ -475,19 +482,26 @@ fn load(layer: &Layer, rows: &Rows, s: usize, x: &[f64], t: usize, loads: &mut [
         loads[on] += seconds * if copying { copied[tier] } else { computed[tier] };
     });
     let (loads, shares) = loads.split_at_mut(rows.num_resources);
-    for ((on, sync_s), shares) in rows.trips(layer, s).iter().zip(shares.chunks_exact_mut(step.active.len().max(1))) {
+    for (trip, shares) in rows.trips(layer, s).iter().zip(shares.chunks_exact_mut(step.active.len().max(1))) {
         for (a, share) in step.active.iter().zip(shares) {
             let first = usize::from(a.expert) * t;
-            let here: f64 = tiers_on(layer, step, *on).map(|k| x[first + k]).sum();
-            *share = loads[*on] + sync_s * here;
+            let here: f64 = trip.tiers.iter().map(|k| x[first + k]).sum();
+            *share = loads[trip.on] + trip.sync_s * here;
         }
     }
 }
 
 /// The nearest point with non-negative entries that sum to `sum`; entries of minus infinity become 0.
 fn onto_simplex(v: &mut [f64], sum: f64) {
-    let mut sorted = [0.0; MAX_ROW];
-    let sorted = &mut sorted[..v.len()];
+    if v.len() <= FEW_ENTRIES { project(v, sum, &mut [0.0; FEW_ENTRIES]) } else { project(v, sum, &mut [0.0; MAX_ROW]) }
+}
+
+/// Entries for which a little room will do: clearing it counts.
+const FEW_ENTRIES: usize = 16;
+
+/// [`onto_simplex`] in the room given.
+fn project(v: &mut [f64], sum: f64, room: &mut [f64]) {
+    let sorted = &mut room[..v.len()];
     sorted.copy_from_slice(v);
     sorted.sort_unstable_by(|a, b| b.total_cmp(a));
     let (mut total, mut level) = (0.0, 0.0);

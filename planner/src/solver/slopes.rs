@@ -9,7 +9,8 @@
 //! whose derivative in n is, with d = max(M, A0) - A1, at least k where d <= 0; at least k - l exp(-l n) d where k n > u d > 0, and there
 //! it grows with n; and never negative. It falls with d. So over a box it is least at the lower end of n, with the other resources' loads
 //! at their upper ends and b's own at their lower ends; contention counts only where it makes the slope smaller. Misses are held at
-//! the least rate in the box, which makes all times smaller. From the box's lower corner every placement in it is reached by adding
+//! the least rate in the box, which makes all times smaller. What an event takes of something shared makes other resources slower, always as
+//! slow as it ever does; that this makes them wait longer when it is itself the slowest is not counted. From the box's lower corner every placement in it is reached by adding
 //! experts one by one, each adding at least its slope. Unlike the time at the corner alone this is exact to second order in the box's
 //! width, so that branch and bound closes with far fewer boxes.
 
@@ -27,7 +28,8 @@ struct Event {
     seconds: f64,
     /// Processor that is slowed down, and by how many mean seconds per expert.
     slows: (usize, f64),
-    copies: bool,
+    /// Shared resources, and mean seconds per expert.
+    shares: [(usize, f64); 2],
 }
 
 impl Event {
@@ -60,6 +62,10 @@ pub(super) fn add_slopes(
             }
             let tier = &price.tiers[*t];
             let copied = if tier.copies == Copies::Misses { active * miss_rate } else { active };
+            let mut shares = [(0, 0.0); 2];
+            for (share, (r, s)) in shares.iter_mut().zip(tier.shares(*copies)) {
+                *share = (price.sync_s.len() + r, s * if *copies { copied } else { active });
+            }
             events[n] = if *copies {
                 Event {
                     tier: *t,
@@ -67,11 +73,11 @@ pub(super) fn add_slopes(
                     rate: copied,
                     seconds: copied * tier.copy_s,
                     slows: tier.contends.map_or((0, 0.0), |(p, s)| (p, copied * s)),
-                    copies: true,
+                    shares,
                 }
             } else {
                 let seconds = active * tier.expert_s;
-                Event { tier: *t, on: tier.processor, rate: idle, seconds, slows: (0, 0.0), copies: false }
+                Event { tier: *t, on: tier.processor, rate: idle, seconds, slows: (0, 0.0), shares }
             };
             n += 1;
         }
@@ -96,15 +102,16 @@ fn least_slope(events: &[Event], target: usize, lo: &[u32], hi: &[u32], sync_s: 
         return 0.0;
     }
     // (probability, seconds when used, slowing when used) of the others: what helps the target least.
-    let mut others = [(0_usize, 0.0, 0.0, (0_usize, 0.0)); JUDGED_EVENTS];
+    let mut others = [(0_usize, 0.0, 0.0, (0_usize, 0.0), [(0_usize, 0.0); 2]); JUDGED_EVENTS];
     let mut m = 0;
-    let mut always_slowed = [0.0; MAX_RESOURCES];
+    let (mut always_slowed, mut always_shared) = ([0.0; MAX_RESOURCES], [0.0; MAX_RESOURCES]);
     for (i, e) in events.iter().enumerate() {
         let own = e.on == it.on;
-        if e.copies && own {
-            // Shares the target's link, or is the target: it slows others always, as much as it ever does.
+        if own {
+            // Shares the target's resource, or is the target: it slows others always, as much as it ever does.
             let (_, grow) = e.used(hi[e.tier]);
             always_slowed[e.slows.0] += e.slows.1 * grow;
+            e.shares.iter().for_each(|(r, s)| always_shared[*r] += s * grow);
         }
         if i == target {
             continue;
@@ -112,7 +119,8 @@ fn least_slope(events: &[Event], target: usize, lo: &[u32], hi: &[u32], sync_s: 
         let (used, grow) = e.used(if own { lo[e.tier] } else { hi[e.tier] });
         if used > 0.0 {
             let slows = if own { (0, 0.0) } else { (e.slows.0, e.slows.1 * grow) };
-            others[m] = (e.on, used, e.seconds * grow, slows);
+            let shares = if own { [(0, 0.0); 2] } else { e.shares.map(|(r, s)| (r, s * grow)) };
+            others[m] = (e.on, used, e.seconds * grow, slows, shares);
             m += 1;
         }
     }
@@ -131,8 +139,9 @@ fn least_slope(events: &[Event], target: usize, lo: &[u32], hi: &[u32], sync_s: 
     let mut expected = 0.0;
     for state in 0..1_u32 << m {
         let (mut time, mut slowed, mut busy) = ([0.0; MAX_RESOURCES], always_slowed, [false; MAX_RESOURCES]);
+        let mut shared = always_shared;
         let mut probability = 1.0;
-        for (i, (on, used, seconds, slows)) in others.iter().enumerate() {
+        for (i, (on, used, seconds, slows, shares)) in others.iter().enumerate() {
             if state >> i & 1 == 0 {
                 probability *= 1.0 - used;
             } else {
@@ -140,6 +149,7 @@ fn least_slope(events: &[Event], target: usize, lo: &[u32], hi: &[u32], sync_s: 
                 time[*on] += seconds;
                 busy[*on] = true;
                 slowed[slows.0] += slows.1;
+                shares.iter().for_each(|(r, s)| shared[*r] += s);
             }
         }
         if probability <= 0.0 {
@@ -151,6 +161,8 @@ fn least_slope(events: &[Event], target: usize, lo: &[u32], hi: &[u32], sync_s: 
             if busy[r] {
                 slowest = slowest.max(time[r] + extra);
             }
+            // No event is on what is shared alone; nothing shared is a processor.
+            slowest = slowest.max(shared[r]);
         }
         // What else the target's resource does, without contention.
         let sync = if it.on < processors { sync_s[it.on] } else { 0.0 };

@@ -1,6 +1,8 @@
 //! Models, machines and plans for the planner's tests.
 #![allow(dead_code, reason = "every test file uses its own part")]
 
+pub mod answers;
+
 use tierwise_cost::cost::Roofline;
 use tierwise_cost::machine::Machine;
 use tierwise_cost::model::{Geometry, ModelSpec};

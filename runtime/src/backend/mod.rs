@@ -1,15 +1,23 @@
-//! Which devices this machine has, and what their drivers say.
+//! Devices: which ones this machine has, what their drivers say, and back-ends that compute on them.
 //!
-//! Drivers are loaded at run time: a missing one is a reported fact, never a crash. Executing on GPUs is not implemented yet,
-//! and [`Choice::resolve`] says so instead of falling back silently.
+//! Drivers are loaded at run time: a missing one is a reported fact, never a crash. [`device`] and [`op`] are the contract of back-ends,
+//! [`check`] what all of them refuse; [`mod@reference`] is the oracle of the others. [`open`] takes the device that a user asked for.
 
+pub mod check;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub mod cuda;
+pub mod device;
+pub mod op;
+pub mod reference;
 #[cfg(feature = "wgpu")]
 mod vulkan;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
-use crate::error::{Result, RuntimeError};
+use crate::error::Result;
+use device::DeviceBackend;
 use serde::Serialize;
+use std::path::PathBuf;
 
 /// A device that a driver reported.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -72,28 +80,91 @@ pub enum Choice {
     Wgpu,
     /// NVIDIA GPUs.
     Cuda,
+    /// Plain loops in host memory, for tests.
+    Reference,
 }
 
-impl Choice {
-    /// What will execute and why, as one sentence for the user.
-    ///
-    /// # Errors
-    /// [`RuntimeError::Device`] when a GPU was asked for by name: no GPU back-end can execute a model yet.
-    pub fn resolve(self) -> Result<String> {
-        match self {
-            Self::Cpu => Ok("cpu, as asked".into()),
-            Self::Auto => Ok("cpu (GPU back-ends cannot execute models yet)".into()),
-            Self::Wgpu => Err(not_yet("wgpu")),
-            Self::Cuda => Err(not_yet("cuda")),
+/// What back-ends may need besides a device.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// Folder of compiled CUDA kernels, if they are not to be compiled here.
+    pub cuda_kernels: Option<PathBuf>,
+    /// Folder that keeps CUDA kernels compiled here.
+    pub cuda_cache: Option<PathBuf>,
+    /// Folder of NVIDIA's run-time compiler, if it is not where the system has it.
+    pub nvrtc: Option<PathBuf>,
+    /// Memory of [`Choice::Reference`]; absent: 1 GiB.
+    pub reference_bytes: Option<u64>,
+}
+
+/// What [`open`] found.
+pub struct Opened {
+    /// The device's back-end; absent: processor cores.
+    pub backend: Option<Box<dyn DeviceBackend>>,
+    /// What was chosen and why, as one sentence for the user.
+    pub why: String,
+}
+
+impl Opened {
+    fn gpu(backend: Box<dyn DeviceBackend>, why: &str) -> Self {
+        let info = backend.info();
+        let why = format!("{} on {}, {why}", info.backend, info.name);
+        Self { backend: Some(backend), why }
+    }
+}
+
+/// Opens the device of this choice. [`Choice::Auto`] takes CUDA before WGSL and a software adapter never.
+///
+/// # Errors
+/// [`crate::RuntimeError::Device`] when a device asked for by name is not there.
+pub fn open(choice: Choice, options: &OpenOptions) -> Result<Opened> {
+    match choice {
+        Choice::Cpu => Ok(Opened { backend: None, why: "cpu, as asked".into() }),
+        Choice::Reference => {
+            let backend = reference::ReferenceBackend::new(options.reference_bytes.unwrap_or(1 << 30));
+            Ok(Opened::gpu(Box::new(backend), "as asked"))
+        }
+        Choice::Wgpu => Ok(Opened::gpu(open_wgpu(true)?, "as asked")),
+        Choice::Cuda => Ok(Opened::gpu(open_cuda(options)?, "as asked")),
+        Choice::Auto => {
+            let cuda = match open_cuda(options) {
+                Ok(cuda) => return Ok(Opened::gpu(cuda, "the fastest back-end for it")),
+                Err(e) => e,
+            };
+            // Vulkan's loader and layers are slow and talk on standard error even where there is nothing to find.
+            if !crate::probe::may_have_gpu() {
+                return Ok(Opened {
+                    backend: None,
+                    why: format!("cpu, because of {cuda}, and device wgpu: no GPU is on the bus"),
+                });
+            }
+            match open_wgpu(false) {
+                Ok(wgpu) => Ok(Opened::gpu(wgpu, &format!("because of {cuda}"))),
+                Err(wgpu) => Ok(Opened { backend: None, why: format!("cpu, because of {cuda} and {wgpu}") }),
+            }
         }
     }
 }
 
-fn not_yet(device: &'static str) -> RuntimeError {
-    RuntimeError::Device {
-        device,
-        reason: "this version plans for GPUs but executes on the CPU only; use --device cpu or --device auto".into(),
-    }
+#[cfg(feature = "wgpu")]
+fn open_wgpu(software_too: bool) -> Result<Box<dyn DeviceBackend>> {
+    Ok(Box::new(wgpu::WgpuBackend::open(software_too)?))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn open_wgpu(_software_too: bool) -> Result<Box<dyn DeviceBackend>> {
+    Err(crate::RuntimeError::Device { device: "wgpu", reason: "no WGSL back-end in this build".into() })
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(options: &OpenOptions) -> Result<Box<dyn DeviceBackend>> {
+    let (kernels, cache, nvrtc) = (options.cuda_kernels.clone(), options.cuda_cache.clone(), options.nvrtc.clone());
+    Ok(Box::new(cuda::open(cuda::Options { kernels, cache, nvrtc })?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(_options: &OpenOptions) -> Result<Box<dyn DeviceBackend>> {
+    Err(crate::RuntimeError::Device { device: "cuda", reason: "built without the feature `cuda`".into() })
 }
 
 #[cfg(test)]
@@ -109,8 +180,25 @@ mod tests {
 
     #[test]
     fn a_gpu_asked_for_by_name_is_never_replaced_silently() {
-        assert!(Choice::Cuda.resolve().unwrap_err().to_string().contains("--device cpu"));
-        assert!(Choice::Wgpu.resolve().is_err());
-        assert!(Choice::Auto.resolve().unwrap().contains("cpu"));
+        for (choice, backend) in [(Choice::Wgpu, "wgpu"), (Choice::Cuda, "cuda"), (Choice::Reference, "reference")] {
+            match open(choice, &OpenOptions::default()) {
+                Ok(opened) => assert_eq!(opened.backend.expect("not the CPU").info().backend, backend),
+                Err(e) => assert!(e.to_string().starts_with(&format!("device {backend}: ")), "{e}"),
+            }
+        }
+    }
+
+    #[test]
+    fn auto_takes_a_gpu_or_says_why_there_is_none() {
+        let opened = open(Choice::Auto, &OpenOptions::default()).expect("there is always the CPU");
+        match opened.backend {
+            Some(backend) => assert!(opened.why.contains(&backend.info().name)),
+            None => assert!(
+                opened.why.starts_with("cpu") && opened.why.contains("wgpu") && opened.why.contains("cuda"),
+                "{}",
+                opened.why
+            ),
+        }
+        assert!(open(Choice::Cpu, &OpenOptions::default()).expect("there is always the CPU").backend.is_none());
     }
 }

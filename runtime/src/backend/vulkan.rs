@@ -18,7 +18,7 @@ pub(super) fn report() -> Report {
     Report { interface: "Vulkan", devices, absent_because }
 }
 
-fn describe(info: &wgpu::AdapterInfo) -> Device {
+pub(super) fn describe(info: &wgpu::AdapterInfo) -> Device {
     let kind = match info.device_type {
         wgpu::DeviceType::DiscreteGpu => "discrete GPU",
         wgpu::DeviceType::IntegratedGpu => "integrated GPU",
@@ -36,7 +36,7 @@ fn describe(info: &wgpu::AdapterInfo) -> Device {
 }
 
 /// The value of a future that is ready at once, as those of native wgpu are; no executor is needed for it.
-fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
+pub(super) fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
     match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(value) => Some(value),
         Poll::Pending => None,

@@ -70,7 +70,9 @@ pub(super) fn choose(geometry: Geometry, stored: &[TensorSpec], options: &Conver
         let cols = shape.shape.last().copied().unwrap_or(1);
         let asked = options.roles.iter().rev().find(|r| r.role == t.role.group()).map(|r| r.format);
         // Vectors and biases are added or multiplied element by element: always float32.
-        let is_matrix = shape.shape.len() > 1 && (t.role.group() != RoleGroup::Router || t.role == TensorRole::Router);
+        let is_matrix = shape.shape.len() > 1
+            && !t.role.is_elementwise()
+            && (t.role.group() != RoleGroup::Router || t.role == TensorRole::Router);
         let wanted = match asked {
             Some(format) if is_matrix => format,
             _ => options.recipe.wanted_format(&geometry, &shape),

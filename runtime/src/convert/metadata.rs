@@ -5,10 +5,11 @@
 
 use super::stream::HeadRows;
 use crate::error::{Result, RuntimeError};
-use crate::gguf::{Metadata, TensorInfo, Value};
+use crate::gguf::Value;
 use crate::import::families;
-use crate::import::gguf::{file_type_of, spec_of};
+use crate::import::gguf::file_type_of;
 use crate::import::gguf_keys;
+use crate::import::routing_rules;
 use std::path::Path;
 use tierwise_cost::model::{Attention, Ffn, Geometry, Gqa, ModelSpec, Moe, RopePairing, TensorRole, TensorSpec};
 use tierwise_cost::recipe::Recipe;
@@ -28,6 +29,8 @@ const PROVEN: &[&str] = &[
     "granitemoe",
     "hunyuan-moe",
     "llama4",
+    "phimoe",
+    "qwen3next",
 ];
 
 /// The geometry as a GGUF file has it: the rotary pairs lie as the architecture wants them.
@@ -93,7 +96,7 @@ pub(super) fn keys(spec: &ModelSpec, recipe: &Recipe) -> Result<Vec<(String, Val
         .iter()
         .filter_map(|l| match &l.attention {
             Attention::Gqa(a) => Some(a),
-            Attention::Mla(_) | Attention::PlanOnly(_) => None,
+            Attention::Mla(_) | Attention::DeltaNet(_) | Attention::PlanOnly(_) => None,
         })
         .collect();
     let Some(a) = attention.first().copied().filter(|_| attention.len() == g.layers.len()) else {
@@ -141,8 +144,9 @@ fn ffn_keys(g: &Geometry, arch: &mut impl FnMut(&str, Value)) -> Result<()> {
     if experts.len() != g.layers.len() {
         return Err(unwritable(g, "layers with and without experts"));
     }
-    arch("expert_count", m.num_experts.into());
-    arch("expert_used_count", m.experts_per_token.into());
+    arch("expert_count", per_layer(experts.iter().map(|m| m.num_experts)));
+    arch("expert_used_count", per_layer(experts.iter().map(|m| m.experts_per_token)));
+    routing_rules::write(&experts, arch);
     if families::FAMILIES.iter().any(|f| f.moe && f.gguf_name == g.architecture && f.own_expert_width) {
         arch("expert_feed_forward_length", m.inner_size.into());
         let dense = m.shared.as_ref().map_or_else(|| m.inner_size.saturating_mul(m.experts_per_token), |s| s.inner_size);
@@ -171,31 +175,4 @@ fn unwritable(g: &Geometry, what: &str) -> RuntimeError {
         found: format!("{} with {what}", g.name),
         expected: "a model whose GGUF form convert can write".into(),
     }
-}
-
-/// Reads the keys as the importer would and compares.
-pub(super) fn check_that_it_reads_back(spec: &ModelSpec, keys: &[(String, Value)], out: &Path) -> Result<()> {
-    let mut metadata = Metadata::new(out);
-    for (key, value) in keys {
-        metadata.insert(key, value.clone())?;
-    }
-    let info = |t: &TensorSpec| TensorInfo {
-        name: t.name.clone(),
-        shape: t.shape.clone(),
-        format: t.format,
-        bytes: t.bytes.0,
-        part: 0,
-        offset: 0,
-    };
-    let tensors: Vec<TensorInfo> = spec.tensors.iter().map(info).collect();
-    let reason = match spec_of(out, &metadata, &tensors) {
-        Ok(read) if read.geometry == spec.geometry => return Ok(()),
-        Ok(_) => "its layers differ from what the architecture prescribes".to_string(),
-        Err(error) => error.to_string(),
-    };
-    Err(RuntimeError::BadRequest {
-        what: "model",
-        found: format!("{}, which a GGUF file of architecture {} cannot express ({reason})", spec.name, spec.architecture),
-        expected: "a model of that architecture".into(),
-    })
 }

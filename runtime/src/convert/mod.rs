@@ -17,6 +17,8 @@ pub use formats::{Fallback, RoleFormat, role_formats};
 use crate::error::{Result, RuntimeError};
 use crate::gguf::{DEFAULT_ALIGNMENT, Gguf, GgufWriter, Value};
 use crate::import::gguf::file_type_of;
+use crate::import::gguf_rope;
+use crate::import::read_back::check_that_it_reads_back;
 use crate::import::{HfFolder, ModelSource};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -137,13 +139,19 @@ fn plan_folder<'a>(folder: &'a HfFolder, options: &ConvertOptions, out: &Path) -
         }
         jobs.push(Job { name: t.name.clone(), shape: t.shape.clone(), format: t.format, stored: tensor });
     }
+    for (name, values) in gguf_rope::tensors_of(&spec.geometry) {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut tensor = StoredTensor::new(QuantFormat::F32, None);
+        tensor.make(path, 1, bytes.len() as u64, move |_| Ok(bytes.clone()));
+        jobs.push(Job { name: name.into(), shape: vec![values.len() as u64], format: QuantFormat::F32, stored: tensor });
+    }
     let mut keys = metadata::keys(&spec, &options.recipe)?;
     if options.without_tokenizer {
         keys.push(("tokenizer.ggml.model".into(), "no_vocab".into()));
     } else {
         keys.extend(vocabulary::keys(path, spec.vocab_size)?);
     }
-    metadata::check_that_it_reads_back(&spec, &keys, out)?;
+    check_that_it_reads_back(&spec, &keys, out)?;
     Ok(Plan { spec, alignment: DEFAULT_ALIGNMENT, keys, files, jobs, fallbacks })
 }
 

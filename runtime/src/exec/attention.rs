@@ -1,36 +1,18 @@
-//! Causal grouped-query attention over the cache.
-//!
-//! Work is cut into (tokens, key/value head) pieces. A piece walks the positions in blocks and keeps a running maximum and sum
-//! per row (online softmax, Milakov and Gimelshein, arXiv 1805.02867), so that scores need no memory that grows with the context.
-//! Blocks lie at fixed positions, so a row's result depends neither on the thread count nor on how a prompt was cut into chunks.
+//! Causal grouped-query attention over the cache: [`super::flash`] with the variants that models have.
 
-use super::executor::capped;
+use super::flash::{self, Attend};
 use super::kv_cache::KvCache;
 use super::threads::Threads;
-use crate::kernels::CpuKernels;
-use ndarray::{ArrayView2, ArrayViewMut2, Axis};
-use rayon::prelude::*;
+use ndarray::{ArrayView2, ArrayViewMut2};
 use tierwise_cost::model::Gqa;
 
-/// Positions of one block.
-const BLOCK: usize = 64;
-/// Tokens of one piece: enough to use a block of keys several times while it is in the nearest cache.
-const PIECE_TOKENS: usize = 16;
-
-/// Working memory of one thread.
-#[derive(Debug, Default)]
-pub struct AttentionScratch {
-    /// Scores, then their exponentials: `[rows, BLOCK]`.
-    scores: Vec<f32>,
-    /// Per row: running maximum and sum of exponentials.
-    running: Vec<(f32, f32)>,
-}
-
-struct Piece<'a> {
-    first_token: usize,
-    first_head: usize,
-    /// `[tokens, heads of this piece * head_dim]`
-    out: ArrayViewMut2<'a, f32>,
+/// Rows of a step that belong to one sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct OfSequence<'a> {
+    /// The sequence's cache.
+    pub kv: &'a KvCache,
+    /// Number of rows.
+    pub rows: usize,
 }
 
 /// `out[t] = softmax(scale * q[t] K^T) V` over the positions that token `t` (at position `kv.len() + t`) may see. A head's sink is one
@@ -43,124 +25,43 @@ pub fn attention(
     sinks: Option<&[f32]>, // [num_heads]
     layer: usize,
     kv: &KvCache,
-    q: &ArrayView2<'_, f32>,         // [tokens, num_heads * head_dim]
-    mut out: ArrayViewMut2<'_, f32>, // [tokens, num_heads * head_dim]
+    q: &ArrayView2<'_, f32>,     // [tokens, num_heads * head_dim]
+    out: ArrayViewMut2<'_, f32>, // [tokens, num_heads * head_dim]
 ) {
-    let (head_dim, group) = (a.head_dim as usize, (a.num_heads / a.num_kv_heads) as usize);
-    let token_pieces = q.nrows().div_ceil(PIECE_TOKENS);
-    // One token in few key/value heads gives too few pieces: then every query head is its own.
-    let heads_per_piece = if token_pieces * (a.num_kv_heads as usize) < 2 * threads.count() { 1 } else { group };
-    let mut pieces = Vec::new();
-    for (i, tokens) in out.axis_chunks_iter_mut(Axis(0), PIECE_TOKENS).enumerate() {
-        let width = heads_per_piece * head_dim;
-        let mut rest = tokens;
-        let mut first_head = 0;
-        while !rest.is_empty() {
-            let (piece, remaining) = rest.split_at(Axis(1), width);
-            pieces.push(Piece { first_token: i * PIECE_TOKENS, first_head, out: piece });
-            rest = remaining;
-            first_head += heads_per_piece;
-        }
-    }
-    let run = |mut piece: Piece<'_>| {
-        threads.with_scratch(|s| attend(threads.kernels(), &mut piece, &mut s.attention, a, sinks, layer, kv, q));
-    };
-    // A few short rows are faster on this thread than handed out.
-    if q.nrows() * (kv.len() + q.nrows()) * a.num_heads as usize <= 1024 {
-        pieces.into_iter().for_each(run);
-    } else {
-        pieces.into_par_iter().with_max_len(1).for_each(run);
-    }
+    attention_of(threads, a, sinks, layer, &[OfSequence { kv, rows: q.nrows() }], q, out);
 }
 
-#[expect(clippy::too_many_arguments, reason = "what attention needs; a struct for one call would only rename it")]
-fn attend(
-    kernels: &CpuKernels,
-    piece: &mut Piece<'_>,
-    scratch: &mut AttentionScratch,
+/// [`attention`] of the rows of several sequences, each over its own cache; the same bits as one after the other.
+pub fn attention_of(
+    threads: &Threads,
     a: &Gqa,
-    sinks: Option<&[f32]>,
+    sinks: Option<&[f32]>, // [num_heads]
     layer: usize,
-    kv: &KvCache,
-    q: &ArrayView2<'_, f32>,
+    sequences: &[OfSequence<'_>],
+    q: &ArrayView2<'_, f32>,     // [tokens, num_heads * head_dim]
+    out: ArrayViewMut2<'_, f32>, // [tokens, num_heads * head_dim]
 ) {
-    let (head_dim, group) = (a.head_dim as usize, (a.num_heads / a.num_kv_heads) as usize);
-    let (tokens, heads) = (piece.out.nrows(), piece.out.ncols() / head_dim);
-    let rows = tokens * heads;
-    let scale = a.scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt());
-    let window = a.sliding_window.map_or(usize::MAX, |w| w as usize);
-    // Position of the piece's first token, and the positions [from, to) that a token sees.
-    let position = kv.len() + piece.first_token;
-    let visible = |t: usize| {
-        let at = position + t;
-        let chunk_start = a.chunk.map_or(0, |c| at - at % c as usize);
-        ((at + 1).saturating_sub(window).max(chunk_start), at + 1)
-    };
-    let kv_head = piece.first_head / group;
-
-    let AttentionScratch { scores, running } = scratch;
-    scores.resize(rows * BLOCK, 0.0);
-    running.clear();
-    // A sink is as if it had been seen first: its exponential is in the sum, its value is nothing.
-    let at_first = |row: usize| sinks.map_or((f32::NEG_INFINITY, 0.0), |s| (s[piece.first_head + row % heads], 1.0));
-    running.extend((0..rows).map(at_first));
-    piece.out.fill(0.0);
-
-    let (begin, end) = (visible(0).0, visible(tokens - 1).1);
-    let mut start = begin - begin % BLOCK;
-    while start < end {
-        // What a row sees of this block.
-        let seen = |t: usize| {
-            let (from, to) = visible(t);
-            (from.max(start), to.min(start + BLOCK))
-        };
-        for row in 0..rows {
-            let (t, h) = (row / heads, row % heads);
-            let (from, to) = seen(t);
-            if from >= to {
-                continue;
-            }
-            let column = (piece.first_head + h) * head_dim;
-            let query = q.row(piece.first_token + t).to_slice().expect("activations are row-major");
-            let scores = &mut scores[row * BLOCK..row * BLOCK + to - from];
-            kv.keys(layer, kv_head, from, to).scores(kernels, &query[column..column + head_dim], scale, scores);
-            if a.softcap.is_some() {
-                scores.iter_mut().for_each(|s| *s = capped(*s, a.softcap));
-            }
-            let (old_max, sum) = running[row];
-            let new_max = scores.iter().copied().fold(old_max, f32::max);
-            let mut block_sum = 0.0;
-            for s in scores {
-                *s = (*s - new_max).exp();
-                block_sum += *s;
-            }
-            let rescale = if sum > 0.0 { (old_max - new_max).exp() } else { 1.0 };
-            running[row] = (new_max, sum * rescale + block_sum);
-            if rescale != 1.0 {
-                out_row(&mut piece.out, t, h, head_dim).iter_mut().for_each(|x| *x *= rescale);
-            }
-        }
-        for row in 0..rows {
-            let (t, h) = (row / heads, row % heads);
-            let (from, to) = seen(t);
-            if from < to {
-                let weights = &scores[row * BLOCK..row * BLOCK + to - from];
-                let acc = out_row(&mut piece.out, t, h, head_dim);
-                kv.values(layer, kv_head, from, to).add_weighted(kernels, weights, acc);
-            }
-        }
-        start += BLOCK;
+    let width = q.ncols();
+    let mut rest = q.to_slice().expect("activations are row-major");
+    let mut of_step = Vec::with_capacity(sequences.len());
+    for s in sequences {
+        let (queries, later) = rest.split_at(s.rows * width);
+        rest = later;
+        of_step.push(Attend {
+            kv: s.kv,
+            layer,
+            position: s.kv.len(),
+            queries,
+            kv_heads: a.num_kv_heads as usize,
+            group: (a.num_heads / a.num_kv_heads) as usize,
+            scale: a.scale.unwrap_or_else(|| 1.0 / (a.head_dim as f32).sqrt()),
+            softcap: a.softcap,
+            window: a.sliding_window.map(|w| w as usize),
+            chunk: a.chunk.map(|c| c as usize),
+            sinks,
+        });
     }
-    for (row, (_, sum)) in running.iter().enumerate() {
-        let factor = 1.0 / sum;
-        out_row(&mut piece.out, row / heads, row % heads, head_dim).iter_mut().for_each(|x| *x *= factor);
-    }
-}
-
-/// One head's columns of one token.
-fn out_row<'a>(out: &'a mut ArrayViewMut2<'_, f32>, t: usize, h: usize, head_dim: usize) -> &'a mut [f32] {
-    let row = out.index_axis_mut(Axis(0), t).into_slice().expect("activations are row-major");
-    &mut row[h * head_dim..(h + 1) * head_dim]
+    flash::attention(threads, &of_step, out);
 }
 
 #[cfg(test)]

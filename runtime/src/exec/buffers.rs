@@ -20,11 +20,25 @@ impl Activations {
         }
     }
 
-    /// Keeps the last `rows` rows.
-    pub fn keep_last(&mut self, rows: usize) {
-        let start = (self.rows - rows) * self.width;
-        self.data.copy_within(start..self.rows * self.width, 0);
-        self.rows = rows;
+    /// Splits every run of `2 * part` elements of a row: the first halves stay, the others go to `second`.
+    pub fn split_halves(&mut self, part: usize, second: &mut Self) {
+        let (rows, width) = (self.rows, self.width / 2);
+        second.reshape(rows, width);
+        for (i, out) in second.as_mut_slice().chunks_exact_mut(part).enumerate() {
+            out.copy_from_slice(&self.data[(2 * i + 1) * part..(2 * i + 2) * part]);
+            // Towards the start, in order: nothing is overwritten before it moved.
+            self.data.copy_within(2 * i * part..(2 * i + 1) * part, i * part);
+        }
+        self.width = width;
+    }
+
+    /// Keeps `rows`, which ascend.
+    pub fn keep(&mut self, rows: &[u32]) {
+        for (to, from) in rows.iter().enumerate() {
+            let from = *from as usize * self.width;
+            self.data.copy_within(from..from + self.width, to * self.width);
+        }
+        self.rows = rows.len();
     }
 
     /// Number of rows.
@@ -62,39 +76,23 @@ impl Activations {
 /// One buffer per slot.
 #[derive(Debug, Default)]
 pub struct Buffers {
-    buffers: [Activations; 11],
+    buffers: [Activations; Slot::COUNT],
 }
 
 impl Buffers {
-    const fn index(slot: Slot) -> usize {
-        match slot {
-            Slot::Hidden => 0,
-            Slot::Normed => 1,
-            Slot::Q => 2,
-            Slot::K => 3,
-            Slot::V => 4,
-            Slot::Attended => 5,
-            Slot::Delta => 6,
-            Slot::Logits => 7,
-            Slot::QLatent => 8,
-            Slot::QLatentNormed => 9,
-            Slot::KvLatent => 10,
-        }
-    }
-
     /// A slot's buffer.
     pub const fn get(&self, slot: Slot) -> &Activations {
-        &self.buffers[Self::index(slot)]
+        &self.buffers[slot.index()]
     }
 
     /// A slot's buffer.
     pub const fn get_mut(&mut self, slot: Slot) -> &mut Activations {
-        &mut self.buffers[Self::index(slot)]
+        &mut self.buffers[slot.index()]
     }
 
     /// Different slots' buffers at once.
     pub fn get_many_mut<const N: usize>(&mut self, slots: [Slot; N]) -> [&mut Activations; N] {
-        self.buffers.get_disjoint_mut(slots.map(Self::index)).expect("an operation's slots differ")
+        self.buffers.get_disjoint_mut(slots.map(Slot::index)).expect("an operation's slots differ")
     }
 
     /// All buffers, each to be taken once.
@@ -104,11 +102,11 @@ impl Buffers {
 }
 
 /// Buffers to be taken one by one.
-pub struct EachBuffer<'a>([Option<&'a mut Activations>; 11]);
+pub struct EachBuffer<'a>([Option<&'a mut Activations>; 14]);
 
 impl<'a> EachBuffer<'a> {
     /// A slot's buffer.
     pub fn take(&mut self, slot: Slot) -> &'a mut Activations {
-        self.0[Buffers::index(slot)].take().expect("operations on one input write different slots")
+        self.0[slot.index()].take().expect("operations on one input write different slots")
     }
 }

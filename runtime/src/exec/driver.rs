@@ -1,19 +1,30 @@
 //! The engine's driver: does what the planner's engine decides, and tells it what happened.
 //!
-//! One demand at a time: loads are handed to the loader, waves are computed by the caller's function while they run, and the
+//! One demand at a time: loads are handed to the loader, waves are computed by the caller's [`Compute`] while they run, and the
 //! demand ends with the engine's `Finish`. Loads ahead of time go on between demands. The driver decides nothing; the simulator is
 //! the engine's other driver.
+//!
+//! A device's waves are submitted before those of the CPU are computed, so that both run at once, and count as computed when they are
+//! submitted: what follows on the device is in order. Only a copy into a slot could overtake a wave that reads it, so it is held back
+//! until the device has done what was submitted.
+
+mod resize;
+
+pub use resize::{SlotControl, SlotSizes};
 
 use super::experts::ExpertBytes;
-use super::loader::{Loaded, Loader};
+use super::loader::{DevicePlace, Loaded, Loader, SlotBuffer};
 use super::slots::ExpertSlots;
 use crate::error::{Result, RuntimeError};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tierwise_cost::units::Nanos;
 use tierwise_planner::engine::costs::EngineCosts;
-use tierwise_planner::engine::{Action, Demand, Engine, ExpertKey, Input, Location, Purpose, Statistics};
+use tierwise_planner::engine::{Action, Demand, Engine, ExecutorId, ExpertKey, Input, Location, Purpose, SlotId, Statistics};
+
+/// With so many tokens a layer takes much longer than to wait for the device and to begin anew.
+const LONG_STEP_TOKENS: u32 = 32;
 
 /// What went into the engine and what came out, for replay.
 #[derive(Debug, Default, Clone)]
@@ -37,15 +48,55 @@ pub struct Foreseen {
     pub scores: Vec<(u32, u32)>,
 }
 
+/// Experts to compute at once.
+pub enum Wave<'a> {
+    /// On the CPU, from host memory.
+    Host(&'a [(u32, ExpertBytes<'a>)]),
+    /// On the device, from a slot or (`None`) from where the plan keeps them there.
+    Device(&'a [(u32, Option<DevicePlace>)]),
+}
+
+/// Who computes a demand.
+pub trait Compute<'m> {
+    /// The bytes of an expert that the plan keeps in host memory.
+    fn resident(&self, expert: u32) -> ExpertBytes<'m>;
+
+    /// Guesses at later layers. Called once, as soon as the demand's first loads and waves on a device are under way.
+    fn foresee(&mut self) -> Vec<Foreseen>;
+
+    /// Computes a wave; on a device it need only be submitted.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    fn compute(&mut self, wave: Wave<'_>) -> Result<()>;
+
+    /// Waits until the device has done what was submitted.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    fn finish_device(&mut self) -> Result<()>;
+}
+
 /// Where the time of demands went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DriverTimes {
-    /// Computing experts.
+    /// Computing experts on the CPU.
     pub computing: Duration,
+    /// Handing experts to the device.
+    pub submitting: Duration,
     /// Waiting for loads with nothing to compute.
     pub waiting: Duration,
     /// Asking later layers' routers.
     pub foreseeing: Duration,
+}
+
+/// A wave that the engine wants computed.
+struct PendingWave {
+    layer: u32,
+    wave: u32,
+    experts: Vec<(u32, Location)>,
+    executor: ExecutorId,
+    on_device: bool,
 }
 
 /// Runs an engine against the wall clock.
@@ -62,15 +113,25 @@ pub struct Driver {
     pending: VecDeque<Action>,
     /// Loads ahead of time that are under way.
     prefetching: Vec<ExpertKey>,
+    /// Who computes on the device, if there is one.
+    device: Option<ExecutorId>,
+    /// Slots on the device that waves read which may not be done yet.
+    read_by_device: HashSet<SlotId>,
+    /// Loads into such slots.
+    held: Vec<(ExpertKey, SlotId, Purpose)>,
     /// Why the engine gave up; nothing works after that.
     stopped: Option<String>,
+    /// Whoever changes the number of slots.
+    control: Arc<SlotControl>,
+    /// Memory for slots that the engine is about to add. `[pools]`
+    spare: Vec<Vec<SlotBuffer>>,
 }
 
 impl Driver {
     /// A driver for `engine`, which is fresh and decides by `costs`.
     pub fn new(engine: Engine, slots: ExpertSlots, loader: Loader, costs: Option<Arc<EngineCosts>>, record: bool) -> Self {
         let recording = record.then(|| Recording { costs, ..Recording::default() });
-        Self {
+        let driver = Self {
             engine,
             slots,
             loader,
@@ -80,7 +141,29 @@ impl Driver {
             times: DriverTimes::default(),
             pending: VecDeque::new(),
             prefetching: Vec::new(),
+            device: None,
+            read_by_device: HashSet::new(),
+            held: Vec::new(),
             stopped: None,
+            control: Arc::default(),
+            spare: Vec::new(),
+        };
+        driver.tell_sizes();
+        driver
+    }
+
+    /// The same where waves of `executor` are computed by a device.
+    #[must_use]
+    pub fn with_device(mut self, executor: ExecutorId) -> Self {
+        self.device = Some(executor);
+        self
+    }
+
+    /// The device has done all that was submitted: what its waves read may be overwritten.
+    pub fn device_is_idle(&mut self) {
+        self.read_by_device.clear();
+        for (key, slot, purpose) in std::mem::take(&mut self.held) {
+            self.submit(key, slot, purpose);
         }
     }
 
@@ -97,6 +180,11 @@ impl Driver {
     /// The loader, to look at.
     pub const fn loader(&self) -> &Loader {
         &self.loader
+    }
+
+    /// The loader, to slow it down.
+    pub const fn loader_mut(&mut self) -> &mut Loader {
+        &mut self.loader
     }
 
     /// Where the time of demands went.
@@ -150,37 +238,32 @@ impl Driver {
         self.step += 1;
     }
 
-    /// Serves a layer's demand of this step: calls `compute` with each wave's experts until all are done.
-    ///
-    /// `resident` gives the bytes of an expert that the plan keeps in memory. Each expert is computed exactly once. `foresee` is
-    /// called once, as soon as the demand's first loads are under way.
+    /// Serves a layer's demand of this step: `work` computes wave after wave until all are done, each expert exactly once.
     ///
     /// # Errors
-    /// When an expert cannot be read, even after the engine's retries. The driver is of no use after that.
-    pub fn serve<'m>(
-        &mut self,
-        demand: Demand, // its step is set here
-        resident: impl Fn(u32) -> ExpertBytes<'m>,
-        foresee: impl FnOnce() -> Vec<Foreseen>,
-        mut compute: impl FnMut(&[(u32, ExpertBytes<'_>)]),
-    ) -> Result<()> {
-        let layer = demand.layer;
+    /// When an expert cannot be had, even after the engine's retries, or the device fails. The driver is of no use after that.
+    pub fn serve<'m>(&mut self, demand: Demand /* its step is set here */, work: &mut dyn Compute<'m>) -> Result<()> {
+        let (layer, long) = (demand.layer, demand.tokens >= LONG_STEP_TOKENS);
+        self.take_new_sizes();
         // What came ahead of time is there when hits are judged; what is still to come does not wait behind other guesses.
         self.take_arrivals();
         self.start_loads();
         for key in self.prefetching.iter().filter(|k| k.layer == layer) {
             if demand.experts.binary_search_by_key(&key.expert, |e| e.0).is_ok() {
                 self.loader.promote(*key);
+                self.held.iter_mut().filter(|(k, ..)| k == key).for_each(|(.., purpose)| *purpose = Purpose::Demand);
             }
         }
         self.input(Input::Routed(Demand { step: self.step, ..demand }));
-        let mut foresee = Some(foresee);
-        let mut waves = VecDeque::new();
+        let mut foreseen = false;
+        let mut waves: VecDeque<PendingWave> = VecDeque::new();
         let mut finished = false;
         loop {
             while let Some(action) = self.pending.pop_front() {
                 match self.carry_out(action) {
-                    Some(Action::Compute { layer: of, wave, experts, .. }) => waves.push_back((of, wave, experts)),
+                    Some(Action::Compute { layer, wave, experts, executor }) => {
+                        waves.push_back(PendingWave { layer, wave, experts, executor, on_device: self.device == Some(executor) });
+                    }
                     Some(Action::Finish { .. }) => finished = true,
                     _ => {}
                 }
@@ -188,42 +271,91 @@ impl Driver {
             if let Some(reason) = &self.stopped {
                 return Err(RuntimeError::ExpertsUnavailable { layer, reason: reason.clone() });
             }
-            if let Some(foresee) = foresee.take() {
+            if let Some(at) = waves.iter().position(|w| w.on_device) {
+                let wave = waves.remove(at).expect("found");
+                self.on_device(wave, work)?;
+            } else if !foreseen {
+                foreseen = true;
                 let start = Instant::now();
-                let foreseen = foresee();
-                if !foreseen.is_empty() {
+                let guesses = work.foresee();
+                if !guesses.is_empty() {
                     self.times.foreseeing += start.elapsed();
-                    for Foreseen { layer, distance, scores } in foreseen {
+                    for Foreseen { layer, distance, scores } in guesses {
                         self.input(Input::Foreseen { step: self.step, layer, distance, scores });
                     }
-                    continue;
                 }
-            }
-            if let Some((of, wave, experts)) = waves.pop_front() {
-                let bytes: Vec<(u32, ExpertBytes<'_>)> = experts
-                    .iter()
-                    .map(|(expert, location)| match location {
-                        Location::Resident => (*expert, resident(*expert)),
-                        Location::Slot(slot) => (*expert, self.slots.expert(ExpertKey { layer: of, expert: *expert }, *slot)),
-                    })
-                    .collect();
-                let start = Instant::now();
-                compute(&bytes);
-                self.times.computing += start.elapsed();
-                // What arrived meanwhile is told first, so that the next wave takes all of it.
-                self.take_arrivals();
-                self.input(Input::Computed { layer: of, wave });
+            } else if let Some(wave) = waves.pop_front() {
+                // Waves of different processors (sockets) are computed together, each by the threads beside its experts.
+                let mut together = vec![wave];
+                while let Some(at) = waves.iter().position(|w| together.iter().all(|t| t.executor != w.executor)) {
+                    together.extend(waves.remove(at));
+                }
+                self.on_host(&together, work)?;
             } else if finished {
+                if long && !self.held.is_empty() {
+                    // Experts of a prompt's next layer are to come while its attention is computed, not only after its router was read.
+                    work.finish_device()?;
+                    self.device_is_idle();
+                }
                 return Ok(());
             } else {
                 let start = Instant::now();
-                match self.loader.wait() {
-                    Some(done) => self.arrived(done),
-                    None => self.stopped = Some("the engine waits for nothing: an error in Tierwise".to_string()),
+                if !self.held.is_empty() {
+                    work.finish_device()?;
+                    self.device_is_idle();
+                } else {
+                    match self.loader.wait() {
+                        Some(done) => self.arrived(done),
+                        None => self.stopped = Some("the engine waits for nothing: an error in Tierwise".to_string()),
+                    }
                 }
                 self.times.waiting += start.elapsed();
             }
         }
+    }
+
+    fn on_device<'m>(&mut self, wave: PendingWave, work: &mut dyn Compute<'m>) -> Result<()> {
+        let mut experts = Vec::with_capacity(wave.experts.len());
+        for (expert, location) in wave.experts {
+            let place = match location {
+                Location::Resident => None,
+                Location::Slot(slot) => {
+                    self.read_by_device.insert(slot);
+                    self.slots.device_place(slot)
+                }
+            };
+            experts.push((expert, place));
+        }
+        let start = Instant::now();
+        work.compute(Wave::Device(&experts))?;
+        self.times.submitting += start.elapsed();
+        self.input(Input::Computed { layer: wave.layer, wave: wave.wave });
+        Ok(())
+    }
+
+    /// Computes waves of one layer.
+    fn on_host<'m>(&mut self, waves: &[PendingWave], work: &mut dyn Compute<'m>) -> Result<()> {
+        let layer = waves.first().map_or(0, |w| w.layer);
+        let place = |(expert, location): &(u32, Location)| match location {
+            Location::Resident => (*expert, work.resident(*expert)),
+            Location::Slot(slot) => (*expert, self.slots.expert(ExpertKey { layer, expert: *expert }, *slot)),
+        };
+        let wanted = || waves.iter().flat_map(|w| &w.experts);
+        let experts: Vec<(u32, ExpertBytes<'_>)> = wanted().map(place).collect();
+        let start = Instant::now();
+        let at_home = wanted().filter(|(_, location)| *location == Location::Resident).map(|(expert, _)| *expert);
+        let earliest = self.loader.read_in_place(layer, at_home);
+        work.compute(Wave::Host(&experts))?;
+        if let Some(left) = earliest.and_then(|end| end.checked_duration_since(Instant::now())) {
+            std::thread::sleep(left);
+        }
+        self.times.computing += start.elapsed();
+        // What arrived meanwhile is told first, so that the next wave takes all of it.
+        self.take_arrivals();
+        for wave in waves {
+            self.input(Input::Computed { layer, wave: wave.wave });
+        }
+        Ok(())
     }
 
     /// Starts the loads that the plan wants before the first demand.
@@ -236,12 +368,23 @@ impl Driver {
     fn carry_out(&mut self, action: Action) -> Option<Action> {
         match action {
             Action::Evict { .. } => None,
+            Action::Allocate { slot } => {
+                self.allocate(slot);
+                None
+            }
+            Action::Release { slot } => {
+                self.release(slot);
+                None
+            }
             Action::Load { key, slot, purpose, .. } => {
                 if purpose == Purpose::Prefetch {
                     self.prefetching.push(key);
                 }
-                let buffer = self.slots.take(slot);
-                self.loader.submit(key, slot, buffer, purpose);
+                if self.read_by_device.contains(&slot) {
+                    self.held.push((key, slot, purpose));
+                } else {
+                    self.submit(key, slot, purpose);
+                }
                 None
             }
             Action::Abort { reason } => {
@@ -249,6 +392,16 @@ impl Driver {
                 None
             }
             other => Some(other),
+        }
+    }
+
+    fn submit(&mut self, key: ExpertKey, slot: SlotId, purpose: Purpose) {
+        match self.slots.device_place(slot) {
+            Some(place) => self.loader.submit_copy(key, slot, place, purpose),
+            None => {
+                let buffer = self.slots.take(slot);
+                self.loader.submit(key, slot, buffer, purpose);
+            }
         }
     }
 

@@ -6,7 +6,7 @@
 use super::matmul::{Product, run_products};
 use super::model::Matrix;
 use super::prepared::Prepared;
-use super::route::Routing;
+use super::route::{NO_EXPERT, Routing};
 use super::threads::Threads;
 use crate::kernels::{ActivationBuf, CpuKernels};
 use crate::quant::activation_format;
@@ -80,6 +80,9 @@ impl<'a> ExpertExtras<'a> {
     }
 }
 
+/// In the place of a row, for a choice that a token does not have.
+const NO_ROW: u32 = u32::MAX;
+
 /// Rows of one expert.
 struct Group {
     expert: u32,
@@ -94,7 +97,7 @@ pub struct ExpertBuffers {
     groups: Vec<Group>,
     /// Row of the input of each row.
     tokens: Vec<u32>,
-    /// Row of each (token, choice): `[tokens, experts_per_token]`.
+    /// Row of each (token, choice), or [`NO_ROW`]: `[tokens, experts_per_token]`.
     row_of: Vec<u32>,
     /// `[rows, inner_size]` each.
     gate: Vec<f32>,
@@ -108,12 +111,14 @@ pub struct ExpertBuffers {
 impl ExpertBuffers {
     /// Groups a layer's tokens by expert. With `input_per_choice` every (token, choice) has an input row of its own.
     pub fn arrange(&mut self, routing: &Routing, inner_size: usize, hidden: usize, down: QuantFormat, input_per_choice: bool) {
-        let rows = routing.experts.len();
+        let mut choices: Vec<u32> = (0..routing.experts.len() as u32).collect();
+        choices.retain(|c| routing.experts[*c as usize] != NO_EXPERT);
+        let rows = choices.len();
         let k = routing.experts_per_token;
         self.groups.clear();
         self.tokens.resize(rows, 0);
-        self.row_of.resize(rows, 0);
-        let mut choices: Vec<u32> = (0..rows as u32).collect();
+        self.row_of.clear();
+        self.row_of.resize(routing.experts.len(), NO_ROW);
         // Stable: within an expert by token.
         choices.sort_by_key(|c| routing.experts[*c as usize]);
         for (row, choice) in choices.into_iter().enumerate() {
@@ -134,6 +139,22 @@ impl ExpertBuffers {
             self.out.resize(rows * hidden, 0.0);
         }
         self.inner.reset(activation_format(down), rows, inner_size);
+    }
+
+    /// The output of a (token, choice), counted over both; empty for a choice that there is not.
+    pub fn output(&self, choice: usize, hidden: usize) -> &[f32] {
+        match self.row_of[choice] {
+            NO_ROW => &[],
+            row => &self.out[row as usize * hidden..(row as usize + 1) * hidden],
+        }
+    }
+
+    /// The place of that output, for those who compute it elsewhere.
+    pub fn output_mut(&mut self, choice: usize, hidden: usize) -> &mut [f32] {
+        match self.row_of[choice] {
+            NO_ROW => &mut [],
+            row => &mut self.out[row as usize * hidden..(row as usize + 1) * hidden],
+        }
     }
 
     /// What `layer` asks the engine for; the step is the driver's.
@@ -204,7 +225,8 @@ impl ExpertBuffers {
                 starts.zip(row.chunks_mut(block_bytes)).map(|(start, out)| (id, expert, std::slice::from_ref(token), start, out)),
             );
         }
-        pieces.into_par_iter().with_max_len(1).for_each(|(id, expert, token, start, out)| {
+        let address = |piece: &(u32, &ExpertBytes<'_>, &[u32], usize, &mut [u8])| piece.1.gate.bytes.as_ptr() as usize;
+        threads.for_each_near(pieces, address, |(id, expert, token, start, out)| {
             let kernels = threads.kernels();
             let rows = start..expert.gate.rows.min(start + block);
             threads.with_scratch(|s| {
@@ -265,14 +287,27 @@ impl ExpertBuffers {
         }
     }
 
-    /// `delta[t] = sum over choices of weight * output`, in the order of the choices.
-    pub fn combine(&self, threads: &Threads, routing: &Routing, delta: &mut [f32] /* [tokens, hidden] */, hidden: usize) {
+    /// `delta[t] = sum over choices of weight * output`, in the order of the choices, of those experts for which `is_mine` holds.
+    pub fn combine(
+        &self,
+        threads: &Threads,
+        routing: &Routing,
+        delta: &mut [f32], // [tokens, hidden]
+        hidden: usize,
+        is_mine: impl Fn(u32) -> bool + Sync,
+    ) {
         let k = routing.experts_per_token;
         let sum = |(t, row): (usize, &mut [f32])| {
             row.fill(0.0);
-            for (weight, from) in routing.weights[t * k..(t + 1) * k].iter().zip(&self.row_of[t * k..(t + 1) * k]) {
-                let from = *from as usize * hidden;
-                threads.kernels().axpy_f32(*weight, &self.out[from..from + hidden], row);
+            let of_token = t * k..(t + 1) * k;
+            // Choices that there are come before those that there are not.
+            let rows = self.row_of[of_token.clone()].iter().filter(|row| **row != NO_ROW);
+            let choices = routing.weights[of_token.clone()].iter().zip(rows);
+            for ((weight, from), expert) in choices.zip(&routing.experts[of_token]) {
+                if is_mine(*expert) {
+                    let from = *from as usize * hidden;
+                    threads.kernels().axpy_f32(*weight, &self.out[from..from + hidden], row);
+                }
             }
         };
         if threads.count() == 1 || delta.len() * k < SERIAL_ELEMENTS {
@@ -280,6 +315,14 @@ impl ExpertBuffers {
         } else {
             delta.par_chunks_exact_mut(hidden).enumerate().for_each(sum);
         }
+    }
+}
+
+/// An input row for every choice, weighted: what experts get where weights come before them.
+pub fn weighted_rows(x: &[f32] /* [tokens, width] */, width: usize, routing: &Routing, out: &mut Vec<f32>) {
+    out.clear();
+    for (row, weights) in x.chunks_exact(width).zip(routing.weights.chunks_exact(routing.experts_per_token)) {
+        weights.iter().for_each(|w| out.extend(row.iter().map(|x| w * x)));
     }
 }
 

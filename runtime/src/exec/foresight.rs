@@ -5,7 +5,7 @@
 
 use super::buffers::Activations;
 use super::driver::Foreseen;
-use super::executor::layer_norm;
+use super::elementwise::layer_norm;
 use super::matmul::{Product, prepare, run_products};
 use super::model::Model;
 use super::route::{RouterScores, Rule};
@@ -62,33 +62,42 @@ impl Foresight {
         Self { layers, distance, normed: Vec::new(), input, logits: Vec::new(), scores }
     }
 
-    /// Guesses from the residual stream at `layer`. The model's last layer serves the last `wanted_in_last` tokens only.
+    /// Whether there are layers to guess at from `layer`.
+    pub fn looks_from(&self, layer: u32) -> bool {
+        self.layers.iter().any(|l| l.layer == layer) && self.layers.last().is_some_and(|l| l.layer > layer)
+    }
+
+    /// Guesses from the residual stream at `layer`. The model's last layer serves the rows `kept` only.
     pub fn look(
         &mut self,
         model: &Model,
         threads: &Threads,
         layer: u32,
         hidden: &Activations, // [tokens, hidden]
-        wanted_in_last: usize,
+        kept: &[u32],
     ) -> Vec<Foreseen> {
         let Some(at) = self.layers.iter().position(|l| l.layer == layer) else { return Vec::new() };
         let (width, last_layer) = (hidden.width(), model.spec().layers.len() as u32 - 1);
         let (kernels, eps) = (threads.kernels(), model.spec().norm_eps);
         let mut all = Vec::new();
         for (distance, later) in (1..=self.distance).zip(&self.layers[at + 1..]) {
-            let rows = if later.layer == last_layer { wanted_in_last.min(hidden.rows()) } else { hidden.rows() };
-            let from = &hidden.as_slice()[(hidden.rows() - rows) * width..];
+            let kept = if later.layer == last_layer { Some(kept) } else { None };
+            let rows = kept.map_or(hidden.rows(), <[u32]>::len);
+            let from = hidden.as_slice();
             let weight = model.vector(later.norm);
             self.normed.resize(rows * width, 0.0);
             let bias = later.norm_bias.map(|b| model.vector(b));
             for_rows(threads, &mut self.normed, width, |i, row| {
+                let i = kept.map_or(i, |kept| kept[i] as usize);
                 let from = &from[i * width..(i + 1) * width];
                 match bias {
                     Some(bias) => layer_norm(from, weight, bias, eps, row),
                     None => kernels.rms_norm(from, weight, eps, row),
                 }
             });
-            let router = model.matrix(later.router);
+            // The first of the layer's routers: what later ones look at is not there yet.
+            let experts = later.moe.num_experts as usize;
+            let router = model.matrix(later.router).rows(0, experts);
             prepare(threads, router.format, &self.normed, width, &mut self.input);
             self.logits.resize(rows * router.rows, 0.0);
             let tokens = self.input.all_tokens();
@@ -96,13 +105,13 @@ impl Foresight {
                 threads,
                 vec![Product {
                     weight: router,
-                    bias: later.bias.map(|b| model.vector(b)),
+                    bias: later.bias.map(|b| &model.vector(b)[..experts]),
                     input: &self.input,
                     tokens,
                     out: &mut self.logits,
                 }],
             );
-            let rule = Rule { moe: &later.moe, selection_bias: later.selection_bias.map(|b| model.vector(b)) };
+            let rule = Rule { moe: &later.moe, selection_bias: later.selection_bias.map(|b| &model.vector(b)[..experts]) };
             self.scores.score(kernels, rule, &mut self.logits);
             all.push(Foreseen { layer: later.layer, distance, scores: self.scores.to_sparse() });
         }

@@ -79,7 +79,7 @@ pub fn run_products(threads: &Threads, products: Vec<Product<'_>>) {
     if serial {
         pieces.into_iter().for_each(|p| compute(threads, p));
     } else {
-        pieces.into_par_iter().with_max_len(1).for_each(|p| compute(threads, p));
+        threads.for_each_near(pieces, |p| p.weight.bytes.as_ptr() as usize, |p| compute(threads, p));
     }
 }
 

@@ -2,34 +2,23 @@
 //!
 //! Keys and values of a head are projections of a latent that all heads share, so the projections are absorbed: a query is taken
 //! into the latent space (`k_b`), attends to the latents themselves, and the result is taken to the value's width (`v_b`). Only
-//! latent and rotated key are cached, and nothing is expanded per position. The scores walk the positions in blocks with a running
-//! maximum and sum, as in [`super::attention`]: a row's result depends neither on the thread count nor on chunks of the prompt.
+//! latent and rotated key are cached, and nothing is expanded per position. In the latent space all heads share their keys and values
+//! (the latents), so that it is [`super::flash`] with one key/value head.
 
-use super::kv_cache::{KvCache, KvRows};
+use super::attention::OfSequence;
+use super::flash::{self, Attend};
+use super::kv_cache::KvCache;
 use super::matmul::{Product, prepare_rows, run_products};
 use super::model::Matrix;
 use super::rope::RopeTable;
 use super::threads::{Threads, for_rows};
-use crate::kernels::{ActivationBuf, CpuKernels};
+use crate::kernels::ActivationBuf;
 use crate::quant::activation_format;
-use rayon::prelude::*;
+use ndarray::ArrayViewMut2;
 use tierwise_cost::model::Mla;
 
-/// Positions of one block.
-const BLOCK: usize = 64;
-/// Rows (one head of one token) of a piece of work: enough to use a block of latents several times while it is in a near cache.
-const PIECE_ROWS: usize = 16;
 /// Tokens taken into the latent space at once, where a query is several times as wide: bounds the working memory of long prompts.
 const TOKENS_AT_ONCE: usize = 64;
-/// Scores below this many stay on the calling thread.
-const SERIAL_SCORES: usize = 1024;
-
-/// Working memory of one thread.
-#[derive(Debug, Default)]
-pub struct LatentScratch {
-    /// Scores of one row and block, then their exponentials.
-    scores: Vec<f32>,
-}
 
 /// The layer's weights besides its projections.
 #[derive(Debug, Clone, Copy)]
@@ -74,16 +63,16 @@ pub fn norm_and_rotate(
     });
     for_rows(threads, latent, rank + rotary, |t, row| {
         let (compressed, key) = row.split_at_mut(rank);
-        super::executor::rms_norm_in_place(threads.kernels(), compressed, Some(kv_norm), eps);
+        super::elementwise::rms_norm_in_place(threads.kernels(), compressed, Some(kv_norm), eps);
         rope.apply(t, key, rotary);
     });
 }
 
-/// What every head makes of what it sees, for new tokens whose latents are in the cache but not yet counted in `kv.len()`.
+/// What every head makes of what it sees, for new tokens whose latents are in their sequences' caches but not yet counted there.
 pub fn attention(
     threads: &Threads,
     a: &Mla,
-    (layer, kv): (usize, &KvCache),
+    (layer, sequences): (usize, &[OfSequence<'_>]),
     weights: &LatentWeights<'_>,
     buffers: &mut LatentBuffers,
     q: &[f32],       // [tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)]
@@ -93,17 +82,39 @@ pub fn attention(
     let q = q.chunks(TOKENS_AT_ONCE * heads * qk);
     let out = out.chunks_mut(TOKENS_AT_ONCE * heads * a.v_head_dim as usize);
     for (i, (q, out)) in q.zip(out).enumerate() {
-        attend_tokens(threads, a, (layer, kv), kv.len() + i * TOKENS_AT_ONCE, weights, buffers, q, out);
+        let first = i * TOKENS_AT_ONCE;
+        let rows = runs(sequences, first, first + q.len() / (heads * qk));
+        attend_tokens(threads, a, (layer, &rows), weights, buffers, q, out);
     }
 }
 
-/// [`attention`] of tokens from `position` on.
-#[expect(clippy::too_many_arguments, reason = "what attention needs; a struct for one call would only rename it")]
+/// Consecutive tokens of one sequence.
+struct Run<'a> {
+    kv: &'a KvCache,
+    /// Of the first.
+    position: usize,
+    tokens: usize,
+}
+
+/// Whose the rows `from..to` of a step are.
+fn runs<'a>(sequences: &[OfSequence<'a>], from: usize, to: usize) -> Vec<Run<'a>> {
+    let mut first = 0;
+    let mut runs = Vec::with_capacity(sequences.len());
+    for s in sequences {
+        let (start, end) = (from.max(first), to.min(first + s.rows));
+        if start < end {
+            runs.push(Run { kv: s.kv, position: s.kv.len() + start - first, tokens: end - start });
+        }
+        first += s.rows;
+    }
+    runs
+}
+
+/// [`attention`] of a few tokens.
 fn attend_tokens(
     threads: &Threads,
     a: &Mla,
-    (layer, kv): (usize, &KvCache),
-    position: usize,
+    (layer, runs): (usize, &[Run<'_>]),
     weights: &LatentWeights<'_>,
     buffers: &mut LatentBuffers,
     q: &[f32],       // [tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)]
@@ -132,18 +143,27 @@ fn attend_tokens(
 
     // Scores and weighted sums there.
     b.latents.resize(tokens * heads * rank, 0.0);
-    let scale = a.scale.unwrap_or_else(|| 1.0 / (qk as f32).sqrt());
-    let rows_at_once = (tokens * heads / (2 * threads.count())).clamp(1, PIECE_ROWS);
-    let queries = &b.queries;
-    let run = |(piece, out): (usize, &mut [f32])| {
-        let rows = Rows { position, first: piece * rows_at_once, heads, width, scale };
-        threads.with_scratch(|s| rows.attend(threads.kernels(), &mut s.latent, layer, kv, queries, out, rank));
-    };
-    if tokens * (position + tokens) * heads <= SERIAL_SCORES {
-        b.latents.chunks_mut(rows_at_once * rank).enumerate().for_each(run);
-    } else {
-        b.latents.par_chunks_mut(rows_at_once * rank).enumerate().with_max_len(1).for_each(run);
+    let mut rest = &b.queries[..];
+    let mut of_step = Vec::with_capacity(runs.len());
+    for run in runs {
+        let (queries, later) = rest.split_at(run.tokens * heads * width);
+        rest = later;
+        of_step.push(Attend {
+            kv: run.kv,
+            layer,
+            position: run.position,
+            queries,
+            kv_heads: 1,
+            group: heads,
+            scale: a.scale.unwrap_or_else(|| 1.0 / (qk as f32).sqrt()),
+            softcap: None,
+            window: None,
+            chunk: None,
+            sinks: None,
+        });
     }
+    let latents = ArrayViewMut2::from_shape((tokens, heads * rank), &mut b.latents).expect("sized above");
+    flash::attention(threads, &of_step, latents);
 
     // To the values' width.
     let latents = &b.latents;
@@ -185,76 +205,6 @@ fn multiply_heads(
     };
     let products = rows.chunks_exact(tokens).zip(out.chunks_exact_mut(tokens * rows_per_head)).enumerate().map(of_head);
     run_products(threads, products.collect());
-}
-
-/// Consecutive rows of `[tokens, num_heads]`.
-struct Rows {
-    /// Of the first token.
-    position: usize,
-    first: usize,
-    heads: usize,
-    width: usize,
-    scale: f32,
-}
-
-impl Rows {
-    #[expect(clippy::too_many_arguments, reason = "what a row's attention needs; a struct for one call would only rename it")]
-    fn attend(
-        &self,
-        kernels: &CpuKernels,
-        scratch: &mut LatentScratch,
-        layer: usize,
-        kv: &KvCache,
-        queries: &[f32], // [tokens * num_heads, width]
-        out: &mut [f32], // [rows, rank]
-        rank: usize,
-    ) {
-        let count = out.len() / rank;
-        // Position after the last that a row sees.
-        let end = |row: usize| self.position + (self.first + row) / self.heads + 1;
-        let mut running = [(f32::NEG_INFINITY, 0.0f32); PIECE_ROWS];
-        out.fill(0.0);
-        for start in (0..end(count - 1)).step_by(BLOCK) {
-            for (row, (out, running)) in out.chunks_exact_mut(rank).zip(&mut running).enumerate() {
-                let to = end(row).min(start + BLOCK);
-                if to <= start {
-                    continue;
-                }
-                let block = kv.latents(layer, start, to);
-                let query = &queries[(self.first + row) * self.width..][..self.width];
-                scratch.scores.resize(to - start, 0.0);
-                block.scores(kernels, query, self.scale, &mut scratch.scores);
-                add_block(kernels, &block, self.width, &mut scratch.scores, running, out);
-            }
-        }
-        for (out, (_, sum)) in out.chunks_exact_mut(rank).zip(running) {
-            out.iter_mut().for_each(|x| *x /= sum);
-        }
-    }
-}
-
-/// One step of the online softmax: adds a block with these scores to a row's running maximum, sum and weighted sum of latents.
-fn add_block(
-    kernels: &CpuKernels,
-    block: &KvRows<'_>, // [positions, width]
-    width: usize,
-    scores: &mut [f32], // [positions]
-    running: &mut (f32, f32),
-    out: &mut [f32], // [rank]
-) {
-    let (old_max, sum) = *running;
-    let max = scores.iter().copied().fold(old_max, f32::max);
-    let mut block_sum = 0.0;
-    for s in &mut *scores {
-        *s = (*s - max).exp();
-        block_sum += *s;
-    }
-    let rescale = if sum > 0.0 { (old_max - max).exp() } else { 1.0 };
-    *running = (max, sum * rescale + block_sum);
-    if rescale != 1.0 {
-        out.iter_mut().for_each(|x| *x *= rescale);
-    }
-    block.add_weighted_starts(kernels, width, scores, out);
 }
 
 #[cfg(test)]
@@ -335,12 +285,13 @@ mod tests {
                 for (start, end) in [(0, 1), (1, 70), (70, 71), (71, 150)] {
                     let part = |x: &Array2<f32>| x.slice(s![start..end, ..]).to_slice().expect("row-major").to_vec();
                     let (mut q, mut latent) = (part(&q), part(&latent));
-                    rope.fill(start, end - start);
+                    rope.fill(&[(start, end - start)]);
                     norm_and_rotate(&threads, a, (&norm, 1e-6), &rope, &mut q, &mut latent);
                     kv.append_latents(threads.kernels(), 0, &latent);
                     let mut rows = got.slice_mut(s![start..end, ..]);
                     let out = rows.as_slice_mut().expect("row-major");
-                    threads.pool().install(|| attention(&threads, a, (0, &kv), &weights, &mut buffers, &q, out));
+                    let of_step = [OfSequence { kv: &kv, rows: end - start }];
+                    threads.pool().install(|| attention(&threads, a, (0, &of_step), &weights, &mut buffers, &q, out));
                     kv.advance(end - start);
                 }
                 let worst = got.iter().zip(&expected).map(|(x, y)| (f64::from(*x) - y).abs()).fold(0.0, f64::max);

@@ -5,10 +5,12 @@
 
 use super::experts::{ExpertBytes, ExpertLayout};
 use super::loader::{ExpertTable, FileReader};
+use super::placed::{self, Placed};
 use crate::error::{Result, RuntimeError};
-use crate::gguf::{Gguf, TensorInfo};
+use crate::gguf::{Gguf, HostWeights, TensorInfo};
 use crate::import::hf_weights::{HfFolder, Piece};
 use crate::import::{ModelSource, split_kv_b};
+use crate::memory::PageSize;
 use crate::quant::dequantize_row;
 use crate::safetensors::SafeTensors;
 use std::collections::HashMap;
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tierwise_cost::model::{Attention, ModelSpec, TensorId, TensorRole, TensorSpec};
 use tierwise_cost::quant::QuantFormat;
+use tierwise_planner::CheckedPlan;
 
 /// A matrix, or some of its rows, in file format.
 #[derive(Debug, Clone, Copy)]
@@ -112,6 +115,8 @@ pub struct Model {
     spec: ModelSpec,
     files: Files,
     stored: Vec<Stored>,
+    /// Experts that were copied to the nodes of a plan.
+    placed: Option<Placed>,
 }
 
 impl Model {
@@ -131,6 +136,38 @@ impl Model {
                     .to_string(),
             }),
         }
+    }
+
+    /// Brings the files' weights into host memory, as `how` says. Not for models of which experts are to stay on disk.
+    ///
+    /// # Errors
+    /// When a file cannot be read or the system refuses the memory.
+    pub fn bring_in(&mut self, how: HostWeights) -> Result<()> {
+        match &mut self.files {
+            Files::Gguf(f) => f.bring_in(how),
+            Files::SafeTensors(f) => f.bring_in(how),
+        }
+    }
+
+    /// Copies experts to the memory nodes that `plan` names, in place of those of another plan. Without named nodes nothing is copied.
+    ///
+    /// # Errors
+    /// When a node is not there, has too little free memory, or the system refuses; when a file cannot be read.
+    pub fn place(&mut self, plan: &CheckedPlan, pages: PageSize) -> Result<()> {
+        self.placed = None;
+        self.placed = placed::place(self, plan, pages)?;
+        Ok(())
+    }
+
+    /// Experts on memory nodes, if [`Self::place`] put some there.
+    pub const fn placed(&self) -> Option<&Placed> {
+        self.placed.as_ref()
+    }
+
+    /// The bytes of every tensor that holds no routed experts, of the map or made at load.
+    pub fn non_expert_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        let stored = self.spec.tensors.iter().zip(&self.stored).filter(|(t, _)| !t.role.is_routed_expert());
+        stored.map(|(_, s)| s.part(&self.files, 0, 1))
     }
 
     fn from_gguf(gguf: Gguf, spec: ModelSpec) -> Result<Self> {
@@ -196,14 +233,14 @@ impl Model {
                 ));
             }
             let mut of_tensor = Stored { spans, made, vector: Vec::new() };
-            if t.shape.len() == 1 || t.role.is_expert_bias() {
+            if t.shape.len() == 1 || t.role.is_elementwise() {
                 let mut vector = vec![0.0; t.elements() as usize];
                 dequantize_row(t.format, of_tensor.part(&files, 0, 1), &mut vector);
                 of_tensor.vector = vector;
             }
             stored.push(of_tensor);
         }
-        Ok(Self { spec, files, stored })
+        Ok(Self { spec, files, stored, placed: None })
     }
 
     /// Geometry and tensor table.
@@ -228,11 +265,16 @@ impl Model {
         Matrix { format: t.format, rows: outer.iter().product::<u64>() as usize, cols: *cols as usize, bytes }
     }
 
-    /// One expert's three matrices in the memory map. `tensors`: gate, up and down.
+    /// One expert's three matrices: on the node where it was placed, else in the memory map. `tensors`: gate, up and down.
     pub fn expert(&self, tensors: [TensorId; 3], expert: u32) -> ExpertBytes<'_> {
-        let [gate, up, down] = tensors.map(|id| {
-            let (t, stored) = self.tensor(id);
-            let bytes = stored.part(&self.files, expert as usize, t.shape[0] as usize);
+        let placed = self.placed.as_ref().and_then(|p| p.image(self.tensor(tensors[0]).0.layer?, expert));
+        let [gate, up, down] = [0, 1, 2].map(|i| {
+            let (t, stored) = self.tensor(tensors[i]);
+            let count = t.shape[0] as usize;
+            let bytes = match placed {
+                Some((image, starts)) => &image[starts[i]..starts[i] + t.bytes.0 as usize / count],
+                None => stored.part(&self.files, expert as usize, count),
+            };
             Matrix { format: t.format, rows: t.shape[1] as usize, cols: t.shape[2] as usize, bytes }
         });
         ExpertBytes { gate, up, down }

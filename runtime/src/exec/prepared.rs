@@ -37,6 +37,14 @@ impl Prepared {
         }
     }
 
+    /// Makes room for `rows` rows in the form that weights of `format` need, filled by `fill` with rows that were prepared elsewhere.
+    pub fn fill(&mut self, format: QuantFormat, rows: usize, cols: usize, fill: impl FnOnce(&mut ActivationBuf)) {
+        let (valid, form) = &mut self.forms[index(activation_format(format))];
+        form.reset(activation_format(format), rows, cols);
+        fill(form);
+        *valid = true;
+    }
+
     /// The form for weights of `format`, which must have been made.
     pub fn get(&self, format: QuantFormat) -> &ActivationBuf {
         let (valid, form) = &self.forms[index(activation_format(format))];

@@ -8,7 +8,9 @@ use super::rope::frequencies;
 use crate::error::Result;
 use ndarray::{Array1, Array2, ArrayView1, Axis, s};
 use std::collections::HashMap;
-use tierwise_cost::model::{Activation, Gqa, GroupScore, Mla, Moe, QkNorm, Rope, RopePairing, RouterScore, TensorId};
+use tierwise_cost::model::{
+    Activation, DeltaNet, Gqa, GroupScore, Mla, Moe, QkNorm, Rope, RopePairing, RouterScore, Selection, TensorId, ValueHeads,
+};
 use tierwise_cost::op::{Batch, OpKind, Slot, lower};
 
 /// What the oracle computes.
@@ -118,16 +120,43 @@ pub fn run(model: &Model, tokens: &[u32]) -> Result<Reference> {
                 let attended = latent_attention(&mla, q, latent, (&vector(kv_norm), eps), &k_b, &v_b);
                 slots.insert(Slot::Attended, attended);
             }
+            OpKind::SplitGate { head_dim } => {
+                let both = slots[&Slot::Q].clone();
+                let part = |which: usize| {
+                    let of_part: Vec<usize> = (0..both.ncols()).filter(|c| c / head_dim as usize % 2 == which).collect();
+                    both.select(Axis(1), &of_part)
+                };
+                slots.insert(Slot::Q, part(0));
+                slots.insert(Slot::Gate, part(1));
+            }
+            OpKind::GateAttended => {
+                let gate = slots[&Slot::Gate].mapv(|g| 1.0 / (1.0 + (-g).exp()));
+                *slots.get_mut(&Slot::Attended).expect("written before") *= &gate;
+            }
+            OpKind::DeltaRule { delta, conv, dt_bias, decay, norm } => {
+                let attended = delta_rule(&delta, &slots, [conv, dt_bias, decay, norm].map(vector), eps);
+                slots.insert(Slot::Attended, attended);
+            }
             OpKind::AddDelta { factor } => {
                 let delta = &slots[&Slot::Delta] * f64::from(factor);
                 *slots.get_mut(&Slot::Hidden).expect("written before") += &delta;
             }
-            OpKind::Route { weight, bias, selection_bias, moe } => {
-                let mut scores = matmul(&model.matrix(weight), &slots[&Slot::Normed]);
+            OpKind::InnerResidual => {
+                let given = slots[&Slot::Normed].clone();
+                *slots.get_mut(&Slot::Delta).expect("written before") += &given;
+            }
+            OpKind::NextIteration => {
+                let result = slots[&Slot::Delta].clone();
+                slots.insert(Slot::Normed, result);
+            }
+            OpKind::Route { weight, bias, selection_bias, moe, iteration } => {
+                let experts = moe.num_experts as usize;
+                let mine = iteration as usize * experts..(iteration as usize + 1) * experts;
+                let mut scores = matmul(&model.matrix(weight).rows(mine.start, mine.end), &slots[&Slot::Normed]);
                 if let Some(bias) = bias {
-                    scores += &vector(bias);
+                    scores += &vector(bias).slice(s![mine.clone()]);
                 }
-                let bias = selection_bias.map(vector);
+                let bias = selection_bias.map(|b| vector(b).slice(s![mine.clone()]).to_owned());
                 let tokens = scores.rows().into_iter().map(|r| choose(&moe, &r, bias.as_ref())).collect();
                 routing.push(LayerRouting { layer: op.layer.unwrap_or(0), tokens });
             }
@@ -293,6 +322,56 @@ pub(super) fn latent_attention(
     out
 }
 
+/// Gated delta rule, one value head and one position after the other, with the state as a matrix.
+fn delta_rule(
+    a: &DeltaNet,
+    slots: &HashMap<Slot, Array2<f64>>,
+    [conv, dt_bias, decay, norm]: [Array1<f64>; 4],
+    eps: f64,
+) -> Array2<f64> {
+    let (mixed, gate) = (&slots[&Slot::Q], &slots[&Slot::Gate]);
+    let (tokens, kernel) = (mixed.nrows(), a.conv_kernel as usize);
+    let (keys, values) = (a.num_key_heads as usize, a.num_value_heads as usize);
+    let (key_dim, value_dim) = (a.key_head_dim as usize, a.value_head_dim as usize);
+    let silu = |x: f64| x / (1.0 + (-x).exp());
+    let convolved = Array2::from_shape_fn(mixed.dim(), |(t, c)| {
+        let at = |i: usize| (t + i + 1).checked_sub(kernel).map_or(0.0, |p| mixed[[p, c]] * conv[c * kernel + i]);
+        silu((0..kernel).map(at).sum())
+    });
+    let unit = |x: ArrayView1<'_, f64>| &x / (x.dot(&x) + 1e-6).sqrt();
+    let mut out = Array2::zeros((tokens, values * value_dim));
+    for head in 0..values {
+        let key_head = match a.value_heads {
+            ValueHeads::Grouped => head / (values / keys),
+            ValueHeads::Tiled => head % keys,
+        };
+        let mut state: Array2<f64> = Array2::zeros((key_dim, value_dim));
+        for t in 0..tokens {
+            let (beta, alpha) = if a.fused_gates {
+                // [keys, 2, values per key]
+                let per_key = values / keys;
+                let at = |which: usize| slots[&Slot::Beta][[t, (head / per_key * 2 + which) * per_key + head % per_key]];
+                (at(0), at(1))
+            } else {
+                (slots[&Slot::Beta][[t, head]], slots[&Slot::Alpha][[t, head]])
+            };
+            let part = |start: usize, width: usize| convolved.slice(s![t, start..start + width]);
+            let q = unit(part(key_head * key_dim, key_dim)) / (key_dim as f64).sqrt();
+            let k = unit(part((keys + key_head) * key_dim, key_dim));
+            let v = part(2 * keys * key_dim + head * value_dim, value_dim);
+            state *= (decay[head] * (1.0 + (alpha + dt_bias[head]).exp()).ln()).exp();
+            let correction = (&v - &k.dot(&state)) / (1.0 + (-beta).exp());
+            for (i, k) in k.iter().enumerate() {
+                state.row_mut(i).scaled_add(*k, &correction);
+            }
+            let columns = s![t, head * value_dim..(head + 1) * value_dim];
+            let normed = rms_norm(&q.dot(&state).view(), &norm, eps);
+            out.slice_mut(columns).assign(&(normed * gate.slice(columns).mapv(silu)));
+        }
+    }
+    out
+}
+
 fn softmax(x: &mut [f64]) {
     let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = x.iter().map(|v| (v - max).exp()).sum();
@@ -352,6 +431,15 @@ pub(super) fn choose(moe: &Moe, logits: &ArrayView1<'_, f64>, bias: Option<&Arra
     let mut order = descending(&worth);
     order.retain(|e| candidates.contains(e));
     order.truncate(moe.experts_per_token as usize);
+    // As long as what came before was not enough, and always the first.
+    let before = |i: usize| order[..i].iter().map(|e| p[*e]).sum::<f64>();
+    let wanted = |i: usize| match r.selection {
+        Selection::TopK => true,
+        Selection::TopP { p } => before(i) < f64::from(p),
+        Selection::Threshold { min_score } => p[order[i]] >= f64::from(min_score),
+    };
+    let count = (1..order.len()).find(|i| !wanted(*i)).unwrap_or(order.len());
+    order.truncate(count);
     let sum: f64 = if r.normalize_topk { order.iter().map(|e| p[*e]).sum() } else { 1.0 };
     let mut chosen: Vec<(u32, f64)> = order.into_iter().map(|e| (e as u32, p[e] / sum * f64::from(r.scale))).collect();
     chosen.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));

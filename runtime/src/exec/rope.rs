@@ -23,7 +23,11 @@ pub fn frequencies(rope: &Rope, context: usize) -> (Vec<f64>, f64) {
             let scale = |f: f64| {
                 // Rotations over the original context: all of the frequency from `high` on, none of it below `low`.
                 let rotations = f64::from(*original_context) * f / (2.0 * PI);
-                let kept = ((rotations - low) / (high - low)).clamp(0.0, 1.0);
+                let kept = match () {
+                    () if rotations >= high => 1.0,
+                    () if rotations <= low => 0.0,
+                    () => (rotations - low) / (high - low),
+                };
                 f * kept + f / f64::from(*factor) * (1.0 - kept)
             };
             (plain.map(scale).collect(), 1.0)
@@ -63,7 +67,7 @@ pub fn frequencies(rope: &Rope, context: usize) -> (Vec<f64>, f64) {
     }
 }
 
-/// Cosines and sines of a range of positions for one kind of rotation.
+/// Cosines and sines of a step's positions for one kind of rotation.
 #[derive(Debug)]
 pub struct RopeTable {
     rope: Rope,
@@ -71,8 +75,8 @@ pub struct RopeTable {
     frequencies: Vec<f64>,
     /// Factor on what is rotated.
     magnitude: f64,
-    /// First position and number of positions.
-    range: (usize, usize),
+    /// First position and number of positions of each sequence.
+    ranges: Vec<(usize, usize)>,
     /// `[positions, rotary_dim / 2]` of (cos, sin).
     cos_sin: Vec<(f32, f32)>,
 }
@@ -81,7 +85,7 @@ impl RopeTable {
     /// An empty table for a session of at most `context` positions.
     pub fn new(rope: Rope, context: usize) -> Self {
         let (frequencies, magnitude) = frequencies(&rope, context);
-        Self { rope, frequencies, magnitude, range: (0, 0), cos_sin: Vec::new() }
+        Self { rope, frequencies, magnitude, ranges: Vec::new(), cos_sin: Vec::new() }
     }
 
     /// The rotation this table is for.
@@ -89,19 +93,26 @@ impl RopeTable {
         &self.rope
     }
 
-    /// Fills the table for positions `start..start + tokens`. Angles are computed in f64.
-    pub fn fill(&mut self, start: usize, tokens: usize) {
-        if self.range == (start, tokens) {
+    /// Fills the table for ranges of positions, one after the other, each given by its first position and its length. Angles are computed
+    /// in f64.
+    pub fn fill(&mut self, ranges: &[(usize, usize)]) {
+        if self.ranges == ranges {
             return;
         }
-        self.range = (start, tokens);
+        self.ranges.clear();
+        self.ranges.extend_from_slice(ranges);
         self.cos_sin.clear();
-        for position in start..start + tokens {
+        for position in ranges.iter().flat_map(|(start, count)| *start..start + count) {
             for frequency in &self.frequencies {
                 let (sin, cos) = (position as f64 * frequency).sin_cos();
                 self.cos_sin.push(((cos * self.magnitude) as f32, (sin * self.magnitude) as f32));
             }
         }
+    }
+
+    /// Cosines and sines of the table's positions: `[positions, rotary_dim / 2, 2]`.
+    pub fn values(&self) -> impl Iterator<Item = f32> + '_ {
+        self.cos_sin.iter().flat_map(|(cos, sin)| [*cos, *sin])
     }
 
     /// Rotates every head of one row, which is at the table's position number `index`, in place.
@@ -198,7 +209,7 @@ mod tests {
             let k: Vec<f32> = (0..8).map(|i| (i as f32 * 1.7).sin()).collect();
             let rotated = |x: &[f32], position| {
                 let mut table = RopeTable::new(rope.clone(), 128);
-                table.fill(position, 1);
+                table.fill(&[(position, 1)]);
                 let mut row = x.to_vec();
                 table.apply(0, &mut row, 8);
                 row

@@ -7,7 +7,7 @@
 //! two best).
 
 use crate::kernels::CpuKernels;
-use tierwise_cost::model::{GroupScore, Moe, RouterScore};
+use tierwise_cost::model::{GroupScore, Moe, RouterScore, Selection};
 use tierwise_planner::engine::SCORE_ONE;
 
 /// A layer's rule with its learnt part.
@@ -59,6 +59,24 @@ impl Rule<'_> {
     }
 }
 
+impl Rule<'_> {
+    /// How many of the best experts, best first, the token gets.
+    fn kept(&self, best: &[(u32, f32)]) -> usize {
+        match self.moe.router.selection {
+            Selection::TopK => best.len(),
+            Selection::TopP { p } => {
+                let mut sum = 0.0;
+                let enough = best.iter().position(|(_, score)| {
+                    sum += score;
+                    sum >= p
+                });
+                enough.map_or(best.len(), |last| last + 1)
+            }
+            Selection::Threshold { min_score } => best.iter().take_while(|(_, score)| *score >= min_score).count().max(1),
+        }
+    }
+}
+
 fn group_worth(by: GroupScore, group: &[f32]) -> f32 {
     let mut best = [f32::NEG_INFINITY; 2];
     for w in group {
@@ -74,14 +92,17 @@ fn group_worth(by: GroupScore, group: &[f32]) -> f32 {
     }
 }
 
+/// In the place of an expert, where a token has fewer than others may have.
+pub const NO_EXPERT: u32 = u32::MAX;
+
 /// The choice for every token of a step in one layer.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub struct Routing {
-    /// Chosen experts, heaviest first: `[tokens, experts_per_token]`.
+    /// Chosen experts, heaviest first, then [`NO_EXPERT`] for a token with fewer: `[tokens, experts_per_token]`.
     pub experts: Vec<u32>,
-    /// Their weights: `[tokens, experts_per_token]`.
+    /// Their weights, 0 where there is none: `[tokens, experts_per_token]`.
     pub weights: Vec<f32>,
-    /// Experts per token.
+    /// Experts per token, at most.
     pub experts_per_token: usize,
 }
 
@@ -89,6 +110,14 @@ impl Routing {
     /// Tokens routed.
     pub fn num_tokens(&self) -> usize {
         self.experts.len().checked_div(self.experts_per_token).unwrap_or(0)
+    }
+
+    /// The choice of `rows` tokens from number `first` on.
+    #[must_use]
+    pub fn rows(&self, first: usize, rows: usize) -> Self {
+        let k = self.experts_per_token;
+        let of_rows = first * k..(first + rows) * k;
+        Self { experts: self.experts[of_rows.clone()].to_vec(), weights: self.weights[of_rows].to_vec(), experts_per_token: k }
     }
 
     /// Replaces the choice by that for `logits`, which are overwritten.
@@ -129,6 +158,7 @@ impl Routing {
                 chosen.iter().for_each(|(e, score)| sums.add(*e as usize, *score));
                 sums.add_next(k, scores, &mut worths);
             }
+            chosen.truncate(rule.kept(&chosen));
             // With a bias the best choice is not always the heaviest.
             chosen.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
             let router = &rule.moe.router;
@@ -136,6 +166,9 @@ impl Routing {
             let factor = router.scale / sum;
             self.experts.extend(chosen.iter().map(|c| c.0));
             self.weights.extend(chosen.iter().map(|c| c.1 * factor));
+            let missing = k - chosen.len();
+            self.experts.extend(std::iter::repeat_n(NO_EXPERT, missing));
+            self.weights.extend(std::iter::repeat_n(0.0, missing));
         }
     }
 }
@@ -290,6 +323,17 @@ mod tests {
                 selection_bias: random(2) == 0,
                 groups: if random(3) == 0 { None } else { Some((groups, kept)) },
                 group_score: if random(2) == 0 { GroupScore::Max } else { GroupScore::Top2Sum },
+                selection: Selection::TopK,
+            };
+            // A number of experts that varies goes with the plain rules. Odd numbers: no sum of scores of quarters hits them.
+            let selection = match random(4) {
+                0 => Selection::TopP { p: 0.1 + random(90) as f32 / 100.123 },
+                1 => Selection::Threshold { min_score: 0.01 + random(90) as f32 / 100.123 },
+                _ => Selection::TopK,
+            };
+            let router = match selection {
+                Selection::TopK => router,
+                selection => Router { selection_bias: false, groups: None, selection, ..router },
             };
             let mut logits: Vec<f32> = (0..num_experts).map(|_| random(9) as f32 / 4.0).collect();
             let bias: Vec<f32> = (0..num_experts).map(|_| random(1 << 20) as f32 / (1 << 19) as f32 - 1.0).collect();
@@ -300,8 +344,10 @@ mod tests {
             let mut found = Routing::default();
             // Scalar: equal logits have equal scores, as in the oracle.
             found.choose(&CpuKernels::SCALAR, Rule { moe: &moe, selection_bias: bias }, &mut logits);
-            let ids: Vec<u32> = expected.iter().map(|c| c.0).collect();
+            let mut ids: Vec<u32> = expected.iter().map(|c| c.0).collect();
+            ids.resize(moe.experts_per_token as usize, NO_EXPERT);
             assert_eq!(found.experts, ids, "{moe:?}");
+            assert!(found.weights[expected.len()..].iter().all(|w| *w == 0.0), "{moe:?}");
             for (w, (_, expected)) in found.weights.iter().zip(&expected) {
                 assert!((f64::from(*w) - expected).abs() < 1e-5 * expected.max(1.0), "{w} {expected} {moe:?}");
             }

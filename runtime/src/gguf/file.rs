@@ -3,7 +3,7 @@
 //! Everything is checked in [`Gguf::open`]; afterwards access cannot fail.
 
 use super::header::Header;
-use super::map::map_file;
+use super::map::{HostWeights, bring_in, map_file};
 use super::metadata::Metadata;
 use super::split;
 use super::tensors::TensorInfo;
@@ -66,6 +66,14 @@ impl Gguf {
             }
         }
         Ok(Self { parts, version: first.version, alignment: first.alignment, metadata: first.metadata, tensors, index })
+    }
+
+    /// Brings all weights in, as `how` says.
+    ///
+    /// # Errors
+    /// When a file cannot be read or the system refuses the memory.
+    pub fn bring_in(&mut self, how: HostWeights) -> Result<()> {
+        self.parts.iter_mut().try_for_each(|p| bring_in(&p.path, &mut p.map, how))
     }
 
     /// Parses the bytes of one file without any IO; `path` only serves messages.

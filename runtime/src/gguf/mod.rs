@@ -20,6 +20,7 @@ pub mod write;
 
 pub use file::Gguf;
 pub use header::Header;
+pub use map::HostWeights;
 pub use metadata::Metadata;
 pub use tensors::TensorInfo;
 pub use value::{Array, Value};

@@ -2,7 +2,9 @@
 //!
 //! `kv_b_proj` holds keys and values of each head in turn; latent attention wants the keys' part transposed and both parts stacked.
 //! gpt-oss and Llama-4 store experts' matrices transposed, gpt-oss with gate and up columns in turn. FP8 checkpoints (DeepSeek-V3 and
-//! later) store matrices as 8-bit floats with one scale per block of 128 x 128 elements; they are multiplied out to float32.
+//! later) store matrices as 8-bit floats with one scale per block of 128 x 128 elements; they are multiplied out to float32. gpt-oss
+//! stores experts in MXFP4 as bytes of two neighbours and, in another tensor, a scale per 32 elements (OCP Microscaling Formats 1.0);
+//! they become blocks of ggml, scale first, whose bytes hold elements 16 apart. No bit of a value changes.
 
 use super::hf_weights::Piece;
 
@@ -24,6 +26,38 @@ pub enum Conversion {
         /// Columns taken.
         count: u64,
     },
+    /// Of each piece some of its `rows` rows: `count` of them, every `step`-th from `first` on.
+    Rows {
+        /// Rows of a stored piece.
+        rows: u64,
+        /// First row taken.
+        first: u64,
+        /// Distance of rows taken.
+        step: u64,
+        /// Rows taken.
+        count: u64,
+    },
+    /// The pieces one after the other, every element changed and in float32.
+    Map(Change),
+}
+
+/// What is done with an element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// `1 + x`: weights of norms that are stored around zero (Qwen3-Next).
+    PlusOne,
+    /// `-exp(x)`: the logarithm of a decay to the decay (Qwen3-Next).
+    NegativeExp,
+}
+
+impl Change {
+    /// The changed element.
+    pub(super) fn of(self, x: f32) -> f32 {
+        match self {
+            Self::PlusOne => 1.0 + x,
+            Self::NegativeExp => -x.exp(),
+        }
+    }
 }
 
 impl Conversion {
@@ -54,7 +88,7 @@ pub(super) fn convert<'a, E>(
     for piece in pieces {
         let bytes = bytes_of(piece)?;
         match how {
-            Conversion::Join => out.extend_from_slice(&bytes),
+            Conversion::Join | Conversion::Map(_) => out.extend_from_slice(&bytes),
             Conversion::Columns { rows, cols, first, step, count } => {
                 for col in (first..cols).step_by(step as usize).take(count as usize) {
                     for row in 0..rows {
@@ -63,9 +97,29 @@ pub(super) fn convert<'a, E>(
                     }
                 }
             }
+            Conversion::Rows { rows, first, step, count } => {
+                let row_bytes = bytes.len() / rows.max(1) as usize;
+                for row in (first..rows).step_by(step as usize).take(count as usize) {
+                    out.extend_from_slice(&bytes[row as usize * row_bytes..(row as usize + 1) * row_bytes]);
+                }
+            }
         }
     }
     Ok(out)
+}
+
+/// Stored bytes of an MXFP4 group: two elements each.
+pub(super) const MXFP4_GROUP_BYTES: usize = 16;
+
+/// MXFP4 groups `[groups, 16]` with their scales `[groups]` as ggml's blocks: the scale, then elements 0 and 16, 1 and 17, ...
+pub(super) fn repack_mxfp4(groups: &[u8], scales: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(groups.len() + scales.len());
+    let nibble = |group: &[u8; MXFP4_GROUP_BYTES], element: usize| group[element / 2] >> (4 * (element % 2)) & 15;
+    for (group, scale) in groups.as_chunks::<MXFP4_GROUP_BYTES>().0.iter().zip(scales) {
+        out.push(*scale);
+        out.extend((0..MXFP4_GROUP_BYTES).map(|i| nibble(group, i) | nibble(group, i + 16) << 4));
+    }
+    out
 }
 
 /// Rows and columns that share a scale.
@@ -117,6 +171,19 @@ mod tests {
             assert_eq!(fp8_e4m3(bits), value, "{bits:#x}");
         }
         assert!(fp8_e4m3(0x7f).is_nan() && fp8_e4m3(0xff).is_nan());
+    }
+
+    #[test]
+    fn mxfp4_blocks_keep_every_element() {
+        // Element i of the group is i mod 16: bytes of neighbours 10, 32, ..., twice.
+        let group: Vec<u8> = (0..16).map(|i| (2 * i % 16) | (((2 * i + 1) % 16) << 4)).collect();
+        let blocks = repack_mxfp4(&[group, vec![0xf0; 16]].concat(), &[120, 7]);
+        let mut expected = vec![120];
+        expected.extend((0..16u8).map(|i| i | i << 4));
+        expected.push(7);
+        // Even elements 0, odd ones 15.
+        expected.extend((0..16u8).map(|i| if i % 2 == 0 { 0 } else { 0xff }));
+        assert_eq!(blocks, expected);
     }
 
     #[test]

@@ -52,6 +52,10 @@ pub enum Variant {
     Hunyuan,
     /// Llama-4: chunked attention, layers without rotation, weights on the experts' input.
     Llama4,
+    /// Qwen3-Next: gated delta rule and gated attention in turn.
+    QwenNext,
+    /// Qwen3.5-MoE: the same with other projections, and in GGUF files another order of value heads.
+    Qwen35,
 }
 
 /// What [`Family`]'s other columns cannot say.
@@ -220,6 +224,8 @@ pub const FAMILIES: &[Family] = &[
         variant: Some(Variant::Llama4),
         ..VARIANT
     },
+    Family { gguf_name: "qwen3next", hf_name: "qwen3_next", variant: Some(Variant::QwenNext), ..VARIANT },
+    Family { gguf_name: "qwen35moe", hf_name: "qwen3_5_moe_text", variant: Some(Variant::Qwen35), ..VARIANT },
 ];
 
 /// The family with this GGUF architecture name, with or without experts.

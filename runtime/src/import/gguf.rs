@@ -6,7 +6,7 @@
 use super::families::{self, Family};
 use super::hf_variants::Parts;
 use super::tensors::match_tensors;
-use super::{gguf_deepseek, gguf_rope, gguf_variants};
+use super::{gguf_deepseek, gguf_rope, gguf_variants, routing_rules};
 use crate::error::{Result, RuntimeError};
 use crate::gguf::{Gguf, Metadata, TensorInfo};
 use std::path::Path;
@@ -21,22 +21,19 @@ use tierwise_cost::quant::QuantFormat;
 /// [`RuntimeError::UnknownArchitecture`], or [`RuntimeError::BadFile`] naming the key or tensor that is missing, superfluous,
 /// impossible or of a kind that is not implemented.
 pub fn model_spec(gguf: &Gguf) -> Result<ModelSpec> {
-    let (scaling, weights) = gguf_rope::split(gguf)?;
-    let mut spec = spec_of(gguf.path(), gguf.metadata(), &weights)?;
-    if scaling.is_some() {
-        for layer in &mut spec.geometry.layers {
-            if let Attention::Gqa(Gqa { rope: Some(rope), .. }) = &mut layer.attention {
-                rope.scaling.clone_from(&scaling);
-            }
-        }
-        super::check_geometry(gguf.path(), &spec.geometry)?;
-    }
-    Ok(spec)
+    let (rope_tensors, weights) = gguf_rope::split(gguf)?;
+    spec_of(gguf.path(), gguf.metadata(), &weights, &rope_tensors)
 }
 
-/// [`model_spec`] without a file.
-pub(crate) fn spec_of(path: &Path, metadata: &Metadata, tensors: &[TensorInfo]) -> Result<ModelSpec> {
-    let geometry = geometry(path, metadata, tensors)?;
+/// [`model_spec`] without a file: metadata, weights, and the tensors that hold stretched frequencies.
+pub(crate) fn spec_of(
+    path: &Path,
+    metadata: &Metadata,
+    tensors: &[TensorInfo],
+    rope_tensors: &[gguf_rope::RopeTensor],
+) -> Result<ModelSpec> {
+    let mut geometry = geometry(path, metadata, tensors)?;
+    gguf_rope::apply(path, metadata, rope_tensors, &mut geometry)?;
     let architecture = metadata.get_str("general.architecture")?;
     let has_experts = geometry.layers.iter().any(|l| matches!(l.ffn, Ffn::Moe(_)));
     let tensors = match families::by_gguf_name(path, architecture, has_experts)?.deepseek {
@@ -96,8 +93,15 @@ fn geometry(path: &Path, metadata: &Metadata, tensors: &[TensorInfo]) -> Result<
     // Refuse an unknown name before any key of it is asked for.
     families::by_gguf_name(path, architecture, true)?;
     let keys = Keys { path, metadata, architecture };
-    let num_experts = keys.opt_u32("expert_count")?.unwrap_or(0);
+    // The most of any layer. An array is for families whose reader asks again, layer by layer.
+    // More layers than there may be are refused below.
+    let num_layers = keys.opt_u32("block_count")?.unwrap_or(1).min(4096) as usize;
+    let listed = metadata.opt_u64_or_array(&keys.key("expert_count"), num_layers)?;
+    let num_experts = keys.narrow("expert_count", listed.and_then(|l| l.into_iter().max()).unwrap_or(0))?;
     let family = families::by_gguf_name(path, architecture, num_experts > 0)?;
+    if family.deepseek.is_some() || family.variant.is_some() {
+        keys.opt_u32("expert_count")?;
+    }
     match (family.deepseek, family.variant) {
         (Some(_), _) => gguf_deepseek::refuse_unimplemented(&keys)?,
         // Its reader refuses what it does not know.
@@ -263,14 +267,14 @@ fn ffn(keys: &Keys<'_>, family: &Family, num_experts: u32, num_layers: usize) ->
     } else {
         None
     };
+    let counts = keys.per_layer("expert_count", num_layers)?;
     let router = Router::softmax(family.gguf_normalize_topk);
-    Ok(used
-        .into_iter()
-        .zip(widths)
-        .map(|(experts_per_token, inner_size)| {
-            Ffn::Moe(Moe { shared: shared.clone(), ..Moe::plain(num_experts, experts_per_token, inner_size, router.clone()) })
-        })
-        .collect())
+    let layer = |((num_experts, experts_per_token), inner_size)| Moe {
+        shared: shared.clone(),
+        ..Moe::plain(num_experts, experts_per_token, inner_size, router.clone())
+    };
+    let layers = counts.into_iter().zip(used).zip(widths).map(layer).collect();
+    Ok(routing_rules::of_keys(keys, layers)?.into_iter().map(Ffn::Moe).collect())
 }
 
 /// The embedding table's rows; vocabulary and key, where they exist, must say the same.

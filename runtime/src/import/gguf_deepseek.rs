@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::gguf::TensorInfo;
 use tierwise_cost::model::{
     Attention, DenseFfn, Ffn, Geometry, Gqa, GroupScore, LayerSpec, Mla, Moe, QkNorm, Rope, RopeScaling, Router, RouterScore,
-    SharedExperts,
+    Selection, SharedExperts,
 };
 use tierwise_cost::quant::QuantFormat;
 
@@ -174,6 +174,7 @@ fn moe(keys: &Keys<'_>, facts: DeepSeek, num_experts: u32, has_bias: bool) -> Re
         selection_bias: score == RouterScore::Sigmoid || has_bias,
         groups,
         group_score: group_score(score, groups),
+        selection: Selection::TopK,
     };
     Ok(Moe { shared, ..Moe::plain(num_experts, keys.u32("expert_used_count")?, inner_size, router) })
 }

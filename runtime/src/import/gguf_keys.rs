@@ -4,8 +4,10 @@
 //! is found by reading them back, which both do.
 
 use super::families::{DeepSeek, FAMILIES, Family, Variant};
+use super::gguf_delta;
 use super::{yarn_log_multiplier, yarn_scale};
 use crate::error::{Result, RuntimeError};
+use crate::exec::rope::frequencies;
 use crate::gguf::Value;
 use tierwise_cost::model::{Attention, Ffn, Geometry, Gqa, Mla, Moe, Rope, RopeScaling, RouterScore};
 
@@ -19,7 +21,12 @@ pub(crate) fn as_in_gguf(family: &Family, geometry: &Geometry) -> Geometry {
     let mut geometry = geometry.clone();
     for layer in &mut geometry.layers {
         match &mut layer.attention {
-            Attention::Gqa(Gqa { rope: Some(rope), .. }) => rope.pairing = family.gguf_pairing,
+            Attention::Gqa(Gqa { rope: Some(rope), .. }) => {
+                rope.pairing = family.gguf_pairing;
+                if matches!(rope.scaling, Some(RopeScaling::Llama3 { .. })) {
+                    rope.scaling = Some(RopeScaling::Divisors { divisors: divisors(rope) });
+                }
+            }
             Attention::Mla(a) => {
                 a.rope.pairing = family.gguf_pairing;
                 // The file holds the logarithm's factor in single precision: what it means there is the model's scale.
@@ -32,6 +39,13 @@ pub(crate) fn as_in_gguf(family: &Family, geometry: &Geometry) -> Geometry {
         }
     }
     geometry
+}
+
+/// What every frequency is divided by.
+fn divisors(rope: &Rope) -> Vec<f32> {
+    let (stretched, _) = frequencies(rope, 0);
+    let (plain, _) = frequencies(&Rope { scaling: None, ..rope.clone() }, 0);
+    plain.iter().zip(stretched).map(|(plain, stretched)| (plain / stretched) as f32).collect()
 }
 
 /// Keys of layers, under the name after the architecture's.
@@ -57,6 +71,8 @@ pub(crate) fn write(family: &Family, g: &Geometry, arch: &mut dyn FnMut(&str, Va
     match &rotated.unwrap_or(first).attention {
         Attention::Mla(a) => mla_keys(a, arch),
         Attention::Gqa(a) => gqa_keys(a, arch),
+        // All layers are recurrent: heads are of no use, and llama.cpp wants their number.
+        Attention::DeltaNet(a) => arch("attention.head_count", a.num_key_heads.into()),
         // Refused when the file is read back.
         Attention::PlanOnly(_) => {}
     }
@@ -168,8 +184,19 @@ fn variant_keys(variant: Variant, g: &Geometry, m: &Moe, arch: &mut dyn FnMut(&s
             let first = g.layers.iter().position(|l| matches!(l.ffn, Ffn::Moe(_))).unwrap_or(0);
             arch("interleave_moe_layer_step", (first as u32 + 1).into());
         }
-        // Its frequencies are tensors, which are not written: refused when read back.
-        Variant::Phi => {}
+        Variant::QwenNext | Variant::Qwen35 => gguf_delta::write(g, m, arch),
+        Variant::Phi => {
+            let first = gqa.clone().next();
+            // As llama.cpp's converter has it: a window that is as long as the context is none.
+            arch("attention.sliding_window", first.and_then(|a| a.sliding_window).unwrap_or(g.context_length).into());
+            // The frequencies themselves are tensors (`gguf_rope`).
+            if let Some(RopeScaling::LongRope { original_context, long_attention_factor, .. }) =
+                first.and_then(|a| a.rope.as_ref()?.scaling.as_ref())
+            {
+                arch("rope.scaling.original_context_length", (*original_context).into());
+                arch("rope.scaling.attn_factor", (*long_attention_factor).into());
+            }
+        }
     }
 }
 

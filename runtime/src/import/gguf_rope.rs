@@ -4,50 +4,82 @@
 //! sets of LongRoPE (Phi), with `rope.scaling.original_context_length` and `rope.scaling.attn_factor` beside them.
 
 use crate::error::{Result, RuntimeError};
-use crate::gguf::{Gguf, TensorInfo};
-use tierwise_cost::model::RopeScaling;
+use crate::gguf::{Gguf, Metadata, TensorInfo};
+use std::path::Path;
+use tierwise_cost::model::{Attention, Geometry, Gqa, RopeScaling};
 use tierwise_cost::quant::QuantFormat;
 
 const DIVISORS: &str = "rope_freqs.weight";
 const SHORT: &str = "rope_factors_short.weight";
 const LONG: &str = "rope_factors_long.weight";
 
-/// What the file's tensors say of the frequencies, and its other tensors.
-pub(super) fn split(gguf: &Gguf) -> Result<(Option<RopeScaling>, Vec<TensorInfo>)> {
-    let is_rope = |t: &&TensorInfo| [DIVISORS, SHORT, LONG].contains(&t.name.as_str());
-    let others: Vec<TensorInfo> = gguf.tensors().iter().filter(|t| !is_rope(t)).cloned().collect();
-    let scaling = match (vector(gguf, DIVISORS)?, vector(gguf, SHORT)?, vector(gguf, LONG)?) {
-        (None, None, None) => None,
-        (Some(divisors), None, None) => Some(RopeScaling::Divisors { divisors }),
+/// Such a tensor: its name and elements.
+pub(crate) type RopeTensor = (&'static str, Vec<f32>);
+
+/// The tensors of this kind in a file, and its other tensors.
+pub(super) fn split(gguf: &Gguf) -> Result<(Vec<RopeTensor>, Vec<TensorInfo>)> {
+    let mut found = Vec::new();
+    for name in [DIVISORS, SHORT, LONG] {
+        found.extend(vector(gguf, name)?.map(|values| (name, values)));
+    }
+    let others = gguf.tensors().iter().filter(|t| found.iter().all(|(name, _)| t.name != *name)).cloned().collect();
+    Ok((found, others))
+}
+
+/// The tensors of this kind that a file of the model has.
+pub(crate) fn tensors_of(geometry: &Geometry) -> Vec<RopeTensor> {
+    let scaling = geometry.layers.iter().find_map(|l| match &l.attention {
+        Attention::Gqa(Gqa { rope: Some(rope), .. }) => rope.scaling.as_ref(),
+        _ => None,
+    });
+    match scaling {
+        Some(RopeScaling::Divisors { divisors }) => vec![(DIVISORS, divisors.clone())],
+        Some(RopeScaling::LongRope { short_divisors, long_divisors, .. }) => {
+            vec![(LONG, long_divisors.clone()), (SHORT, short_divisors.clone())]
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Makes what the tensors say part of the geometry.
+pub(super) fn apply(path: &Path, metadata: &Metadata, tensors: &[RopeTensor], geometry: &mut Geometry) -> Result<()> {
+    let Some(scaling) = scaling(path, metadata, tensors)? else { return Ok(()) };
+    for layer in &mut geometry.layers {
+        if let Attention::Gqa(Gqa { rope: Some(rope), .. }) = &mut layer.attention {
+            rope.scaling = Some(scaling.clone());
+        }
+    }
+    super::check_geometry(path, geometry)
+}
+
+fn scaling(path: &Path, metadata: &Metadata, tensors: &[RopeTensor]) -> Result<Option<RopeScaling>> {
+    let values = |name: &str| tensors.iter().find(|t| t.0 == name).map(|t| t.1.clone());
+    match (values(DIVISORS), values(SHORT), values(LONG)) {
+        (None, None, None) => Ok(None),
+        (Some(divisors), None, None) => Ok(Some(RopeScaling::Divisors { divisors })),
         (None, Some(short_divisors), Some(long_divisors)) => {
-            let architecture = gguf.metadata().get_str("general.architecture")?;
+            let architecture = metadata.get_str("general.architecture")?;
             let key = |suffix: &str| format!("{architecture}.{suffix}");
             let narrow = |key: &str, value: u64| {
                 u32::try_from(value)
-                    .map_err(|_| RuntimeError::bad_file(gguf.path(), format!("{key} {value}"), "a number below 2^32", ""))
+                    .map_err(|_| RuntimeError::bad_file(path, format!("{key} {value}"), "a number below 2^32", ""))
             };
             let original = key("rope.scaling.original_context_length");
-            let original_context = narrow(&original, gguf.metadata().get_u64(&original)?)?;
-            let factor = gguf.metadata().opt_f32(&key("rope.scaling.attn_factor"))?.filter(|f| *f != 0.0).unwrap_or(1.0);
-            Some(RopeScaling::LongRope {
+            let original_context = narrow(&original, metadata.get_u64(&original)?)?;
+            let factor = metadata.opt_f32(&key("rope.scaling.attn_factor"))?.filter(|f| *f != 0.0).unwrap_or(1.0);
+            Ok(Some(RopeScaling::LongRope {
                 original_context,
                 short_divisors,
                 long_divisors,
                 short_attention_factor: factor,
                 long_attention_factor: factor,
-            })
+            }))
         }
         _ => {
             let found = format!("some of the tensors {DIVISORS}, {SHORT} and {LONG}");
-            return Err(RuntimeError::bad_file(
-                gguf.path(),
-                found,
-                "the first alone, or the two others",
-                "convert the model again",
-            ));
+            Err(RuntimeError::bad_file(path, found, "the first alone, or the two others", "convert the model again"))
         }
-    };
-    Ok((scaling, others))
+    }
 }
 
 fn vector(gguf: &Gguf, name: &str) -> Result<Option<Vec<f32>>> {

@@ -5,6 +5,7 @@
 
 use super::families::{Family, Variant};
 use super::gguf::Keys;
+use super::gguf_delta;
 use super::hf_deepseek::yarn_magnitude;
 use super::hf_variants::{Parts, SWIGLU_ALPHA, SWIGLU_LIMIT};
 use crate::error::Result;
@@ -83,6 +84,11 @@ pub(super) fn parts(keys: &Keys<'_>, family: &Family, variant: Variant, num_expe
                 ffn: if (l + 1).is_multiple_of(step) { Ffn::Moe(moe.clone()) } else { Ffn::Dense(dense.clone()) },
             };
             Ok(Parts { layers: (0..num_layers).map(layer).collect(), ..Parts::default() })
+        }
+        Variant::QwenNext | Variant::Qwen35 => {
+            refuse_scaling(keys)?;
+            let layers = gguf_delta::layers(keys, family, attention, &moe, num_layers)?;
+            Ok(Parts { layers, ..Parts::default() })
         }
         Variant::Phi => {
             // The frequencies' two sets are tensors (`gguf_rope`); no other scaling goes with them.

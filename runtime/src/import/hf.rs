@@ -6,6 +6,7 @@
 use super::families::{self, Family};
 use super::hf_deepseek;
 use super::hf_variants::{self, Parts};
+use super::routing_rules;
 use crate::error::{Result, RuntimeError};
 use serde_json::Value;
 use std::path::Path;
@@ -19,6 +20,7 @@ use tierwise_cost::model::{Attention, DenseFfn, Ffn, Geometry, Gqa, LayerSpec, M
 pub fn geometry(text: &str, path: &Path, name: &str) -> Result<Geometry> {
     let value: Value = serde_json::from_str(text)
         .map_err(|e| RuntimeError::bad_file(path, format!("invalid JSON ({e})"), "a Hugging Face config.json", ""))?;
+    let value = text_part(value);
     let config = Config { path, value: &value };
     let family = families::by_hf_name(path, config.str("model_type")?)?;
     match (family.deepseek, family.variant) {
@@ -64,6 +66,21 @@ pub fn geometry(text: &str, path: &Path, name: &str) -> Result<Geometry> {
     };
     super::check_geometry(path, &geometry)?;
     Ok(geometry)
+}
+
+/// Models of more than text whose text part is read.
+const NESTED: &[&str] = &["llama4", "qwen3_5_moe"];
+
+/// The text model's config of a model of more than text; it ties embeddings if the whole does.
+fn text_part(mut config: Value) -> Value {
+    if !config.get("model_type").and_then(Value::as_str).is_some_and(|name| NESTED.contains(&name)) {
+        return config;
+    }
+    let Some(mut text) = config.get_mut("text_config").map(Value::take) else { return config };
+    if let (Some(text), Some(tied)) = (text.as_object_mut(), config.get("tie_word_embeddings")) {
+        text.entry("tie_word_embeddings").or_insert_with(|| tied.clone());
+    }
+    text
 }
 
 /// A JSON object with errors that name file and key. `null` counts as absent, as in Python.
@@ -195,8 +212,8 @@ fn ffn(config: &Config<'_>, family: &Family, layer: u32) -> Result<Ffn> {
     if !family.moe || !is_sparse(config, layer)? {
         return Ok(Ffn::Dense(DenseFfn { inner_size: config.u32("intermediate_size")?, gated: true }));
     }
-    let num_experts = match config.opt_u32("num_experts")? {
-        Some(n) => n,
+    let num_experts = match config.get("num_experts") {
+        Some(_) => hf_variants::per_layer(config, "num_experts", layer)?,
         None => config.u32("num_local_experts")?,
     };
     let shared = if family.shared_expert {
@@ -209,12 +226,13 @@ fn ffn(config: &Config<'_>, family: &Family, layer: u32) -> Result<Ffn> {
         None => config.opt_bool("norm_topk_prob")?.unwrap_or(false),
     };
     let inner_size = config.u32(if family.own_expert_width { "moe_intermediate_size" } else { "intermediate_size" })?;
-    let experts_per_token = config.u32("num_experts_per_tok")?;
-    Ok(Ffn::Moe(Moe { shared, ..Moe::plain(num_experts, experts_per_token, inner_size, Router::softmax(normalize_topk)) }))
+    let experts_per_token = hf_variants::per_layer(config, "num_experts_per_tok", layer)?;
+    let moe = Moe { shared, ..Moe::plain(num_experts, experts_per_token, inner_size, Router::softmax(normalize_topk)) };
+    routing_rules::of_config(config, layer, moe).map(Ffn::Moe)
 }
 
 /// `mlp_only_layers` and `decoder_sparse_step` (Qwen): every so-many-th layer has experts, except the listed ones.
-fn is_sparse(config: &Config<'_>, layer: u32) -> Result<bool> {
+pub(super) fn is_sparse(config: &Config<'_>, layer: u32) -> Result<bool> {
     let step = config.opt_u32("decoder_sparse_step")?.unwrap_or(1);
     if step == 0 {
         return Err(config.refuse("decoder_sparse_step", 0, "1 or more", ""));

@@ -10,7 +10,7 @@ use super::hf::Config;
 use crate::error::Result;
 use serde_json::Value;
 use tierwise_cost::model::{
-    Attention, DenseFfn, Ffn, Gqa, LayerSpec, Mla, Moe, QkNorm, Rope, RopePairing, RopeScaling, Router, RouterScore,
+    Attention, DenseFfn, Ffn, Gqa, LayerSpec, Mla, Moe, QkNorm, Rope, RopePairing, RopeScaling, Router, RouterScore, Selection,
     SharedExperts,
 };
 
@@ -253,5 +253,6 @@ fn router(config: &Config<'_>, family: &Family, facts: DeepSeek) -> Result<Route
         selection_bias: facts.selection_bias,
         groups,
         group_score: group_score(score, groups),
+        selection: Selection::TopK,
     })
 }

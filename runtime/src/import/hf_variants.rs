@@ -5,6 +5,7 @@
 use super::families::Variant;
 use super::hf::Config;
 use super::hf_deepseek::{rope_kind, rope_settings, theta, yarn};
+use super::hf_delta;
 use crate::error::Result;
 use serde_json::Value;
 use tierwise_cost::model::{
@@ -32,6 +33,10 @@ pub(super) fn parts(config: &Config<'_>, variant: Variant, num_layers: u32) -> R
     let mut layers = Vec::with_capacity(num_layers as usize);
     for layer in 0..num_layers {
         let (attention, ffn) = match variant {
+            Variant::QwenNext | Variant::Qwen35 => {
+                layers.push(hf_delta::layer(config, variant, layer)?);
+                continue;
+            }
             Variant::GptOss => (gpt_oss_attention(config, layer)?, gpt_oss_ffn(config)?),
             Variant::Granite => (granite_attention(config)?, granite_ffn(config)?),
             Variant::Phi => (phi_attention(config)?, phi_ffn(config)?),
@@ -56,7 +61,7 @@ pub(super) fn parts(config: &Config<'_>, variant: Variant, num_layers: u32) -> R
             parts.norm = NormKind::Layer;
             parts.output_bias = config.opt_bool("lm_head_bias")?.unwrap_or(false);
         }
-        Variant::GptOss | Variant::Hunyuan | Variant::Llama4 => {}
+        Variant::GptOss | Variant::Hunyuan | Variant::Llama4 | Variant::QwenNext | Variant::Qwen35 => {}
     }
     Ok(parts)
 }
@@ -80,6 +85,10 @@ fn refuse_unimplemented(config: &Config<'_>, variant: Variant) -> Result<()> {
         Variant::Llama4 => &[
             ("attention_bias", false.into(), "biases are not implemented for this family"),
             ("for_llm_compressor", false.into(), "experts in another layout are not implemented"),
+        ],
+        Variant::QwenNext | Variant::Qwen35 => &[
+            ("attention_bias", false.into(), "biases are not implemented for this family"),
+            ("norm_topk_prob", true.into(), "weights that are not divided by their sum are not implemented for this family"),
         ],
     };
     for (key, value, hint) in any.iter().chain(own) {
@@ -237,7 +246,7 @@ fn hunyuan_attention(config: &Config<'_>) -> Result<Gqa> {
 }
 
 /// A number, or one per layer.
-fn per_layer(config: &Config<'_>, key: &str, layer: u32) -> Result<u32> {
+pub(super) fn per_layer(config: &Config<'_>, key: &str, layer: u32) -> Result<u32> {
     match config.get(key).and_then(Value::as_array) {
         None => config.u32(key),
         Some(list) => {

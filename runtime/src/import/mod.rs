@@ -1,8 +1,11 @@
 //! File metadata to [`tierwise_cost::model::ModelSpec`], checked against the tensors.
 //!
 //! * [`families`]: the table of architectures; adding a family whose maths exists is one row there.
-//! * [`gguf`]: GGUF files. * [`hf`]: `config.json`. * [`hf_weights`]: safetensors folders.
+//! * [`gguf`]: GGUF files. * [`hf`]: `config.json`. * [`hf_weights`]: safetensors folders, `hf_names`: what they call a tensor.
 //! * `gguf_deepseek`, `hf_deepseek`: the same for DeepSeek and those who took over its router. * [`convert_hf`]: tensors made at load.
+//! * `gguf_delta`, `hf_delta`, `gguf_variants`, `hf_variants`: families with parts of their own.
+//! * `routing_rules`: keys of our own for rules that no published model has.
+//! * `gguf_keys`, `gguf_rope`, `read_back`: the way back, for files that are written.
 //! * [`source`]: what a user may name on the command line. * [`configs`]: the descriptions built into the binary.
 //!
 //! An importer never guesses: a key it needs and does not find, a tensor too many or too few, a rope scaling that is not
@@ -13,13 +16,18 @@ pub mod convert_hf;
 pub mod families;
 pub mod gguf;
 mod gguf_deepseek;
+mod gguf_delta;
 pub(crate) mod gguf_keys;
-mod gguf_rope;
+pub(crate) mod gguf_rope;
 mod gguf_variants;
 pub mod hf;
 mod hf_deepseek;
+mod hf_delta;
+mod hf_names;
 mod hf_variants;
 pub mod hf_weights;
+pub(crate) mod read_back;
+pub(crate) mod routing_rules;
 pub mod source;
 mod tensors;
 

@@ -47,7 +47,7 @@ pub(super) fn check_shape(path: &Path, expected: &TensorShape, info: &TensorInfo
 
 /// Vectors (norms, biases) are added or multiplied element by element, which has kernels for plain floats only.
 pub(super) fn check_format(path: &Path, expected: &TensorShape, format: QuantFormat) -> Result<()> {
-    let is_vector = expected.shape.len() == 1 || expected.role.is_expert_bias();
+    let is_vector = expected.shape.len() == 1 || expected.role.is_elementwise();
     if !is_vector || matches!(format, QuantFormat::F32 | QuantFormat::F16 | QuantFormat::BF16) {
         return Ok(());
     }

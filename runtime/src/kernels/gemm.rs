@@ -7,14 +7,15 @@
 //!   a whole super-block is one exact integer, as in the scalar reference;
 //! * blocks of 32: the codes as they are, four blocks at a time.
 //!
-//! BF16 weights are used as they lie, with activations split into BF16 numbers.
+//! The matrix unit takes BF16 weights as they lie, F16 weights and all activations split into BF16 numbers; elsewhere floats are multiplied
+//! as floats (`gemm_float`).
 
 /// Weight rows of a panel.
 pub(super) const ROWS: usize = 16;
 /// Tokens of an activation tile.
 pub(super) const TOKENS: usize = 16;
 /// Bytes of activations kept at hand for one pass over the weights: most of a usual L2 cache.
-const PASS_BYTES: usize = 3 << 19;
+pub(super) const PASS_BYTES: usize = 3 << 19;
 
 /// One super-block of [`ROWS`] rows: `w = scale * (128 * high + low) - min * mins`.
 #[repr(C, align(64))]
@@ -61,6 +62,33 @@ pub(super) struct BlockTile {
     pub sum: [[f32; TOKENS]; 4],
 }
 
+/// Columns of a [`LanePanel`].
+pub(super) const PANEL_COLUMNS: usize = 256;
+
+/// [`PANEL_COLUMNS`] columns of [`ROWS`] rows, a row in each lane, in groups of 16 or 32 columns: `w = scale * (code - offset) - min`.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, bytemuck::Zeroable)]
+pub(super) struct LanePanel {
+    /// Four consecutive columns of each row.
+    pub codes: [[[u8; 4]; ROWS]; PANEL_COLUMNS / 4],
+    /// Of each group, as `min`; with groups of 32 the first eight.
+    pub scale: [[f32; ROWS]; 16],
+    pub min: [[f32; ROWS]; 16],
+}
+
+/// The same columns of one activation row.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, bytemuck::Zeroable)]
+pub(super) struct LaneActivations {
+    pub codes: [i8; PANEL_COLUMNS],
+    /// Of each group: minus the weights' offset times the sum of the codes.
+    pub start: [i32; 16],
+    /// Of each group: the sum of the activations, for minima.
+    pub sum: [f32; 16],
+    /// Of each block of 32; all alike for super-blocks.
+    pub scale: [f32; 8],
+}
+
 /// 32 columns of [`TOKENS`] activation rows, each the sum of three BF16 numbers; two consecutive columns side by side.
 #[repr(C, align(64))]
 #[derive(Debug, Clone, Copy, bytemuck::Zeroable)]
@@ -77,9 +105,15 @@ pub struct GemmScratch {
     pub(super) super_tiles: Vec<SuperTile>,
     pub(super) block_tiles: Vec<BlockTile>,
     pub(super) float_tiles: Vec<FloatTile>,
+    pub(super) lane_activations: Vec<LaneActivations>,
+    /// `[tokens, ROWS]`
+    pub(super) lane_sums: Vec<[f32; ROWS]>,
     pub(super) sums: Vec<Sums>,
     /// Weight rows of awkward sizes.
     pub(super) padded: Vec<u8>,
+    /// Sums of two rows and two tokens each.
+    #[cfg(target_arch = "aarch64")]
+    pub(super) pairs: Vec<[f32; 4]>,
 }
 
 /// One product `out = weight * act[tokens]^T`.

@@ -9,22 +9,31 @@
 //! * the value for a token does not depend on the other tokens computed with it. [`CpuKernels::matmul_rows`] gives the same bits
 //!   for any number of them; [`CpuKernels::gemm`] chooses a kernel by their number, which may change the order of additions.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod activations;
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels for many tokens so far"))]
+mod attention;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod attention_vector;
 mod gemm;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod gemm_float;
 mod scalar;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::{DotProd, I8mm, Neon};
 pub use activations::ActivationBuf;
+pub use attention::{AttentionTile, BLOCK, KvFloats, MAX_BLOCKS, TILE_ROWS, WIDTH_STEP};
 pub use gemm::GemmScratch;
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Amx, Avx2, Avx512};
+pub use x86::{Amx, Avx2, Avx512, AvxVnni};
 
 use crate::error::{Result, RuntimeError};
-use crate::quant::{ActivationFormat, ActivationQ8_1, ActivationQ8K, activation_format};
+use crate::quant::{ActivationFormat, ActivationQ8_1, ActivationQ8K, BlockQ8_0, activation_format};
 use gemm::{Gemm, GemmTask};
 use half::f16;
 use std::sync::OnceLock;
@@ -56,11 +65,21 @@ fn prefetch(bytes: &[u8]) {
     let _ = bytes;
 }
 
+/// Dot products of [`ROWS`] encoded weight rows, one after the other, with one activation row.
+type RowsDot = unsafe fn(&[u8], &[u8]) -> [f32; ROWS];
+
+/// Weight rows that share the preparation of one token, where a kernel does that.
+const ROWS: usize = 4;
+
 /// The row kernels of one format.
 #[derive(Clone, Copy)]
 struct RowDots {
     one: RowDot<1>,
     tile: RowDot<TILE>,
+    /// For one token and several rows: the same bits as `one` for each.
+    several: Option<RowsDot>,
+    /// With one token the kernels fetch weights ahead by themselves.
+    fetches: bool,
 }
 
 const NUM_FORMATS: usize = QuantFormat::ALL.len();
@@ -77,7 +96,7 @@ const fn index(format: QuantFormat) -> usize {
 }
 
 /// A table with `of(format)` for every format.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn per_format(of: impl Fn(QuantFormat) -> RowDots) -> [RowDots; NUM_FORMATS] {
     let mut table = CpuKernels::SCALAR.dots;
     for format in QuantFormat::ALL {
@@ -92,24 +111,37 @@ pub fn many_token_kernels(format: QuantFormat) -> [bool; 3] {
     x86::many_token_kernels(index(format))
 }
 
+/// The activation rows of a tile as blocks, as many as the weight row has.
+// A plain loop, always inlined: then the compiler knows all lengths equal `blocks` and drops the checks in the inner loops.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+fn activation_blocks<A: bytemuck::Pod, const T: usize>(x: [&[u8]; T], blocks: usize) -> [&[A]; T] {
+    let mut rows: [&[A]; T] = [&[]; T];
+    for t in 0..T {
+        rows[t] = &bytemuck::cast_slice(x[t])[..blocks];
+    }
+    rows
+}
+
 /// The kernels of one instruction set. Cheap to copy; every method may be called from several threads at once.
 ///
 /// The pointers are `unsafe fn` because most need processor features; each table is only built where they are present.
 #[derive(Clone, Copy)]
 pub struct CpuKernels {
-    /// `scalar`, `avx2`, `avx512` or `amx`.
+    /// `scalar`, `avx2`, `avxvnni`, `avx512` or `amx`; `neon`, `dotprod` or `i8mm`.
     pub name: &'static str,
     dots: [RowDots; NUM_FORMATS],
     gemm: [GemmSteps; NUM_FORMATS],
     encode_q8_1: unsafe fn(&[f32], &mut [ActivationQ8_1]),
     encode_q8k: unsafe fn(&[f32], &mut [ActivationQ8K]),
+    attend: unsafe fn(&mut AttentionTile<'_>),
     axpy_f32: unsafe fn(f32, &[f32], &mut [f32]),
-    axpy_f16: unsafe fn(f32, &[f16], &mut [f32]),
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     silu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     softmax: unsafe fn(&mut [f32]),
     f32_to_f16: unsafe fn(&[f32], &mut [f16]),
     f16_to_f32: unsafe fn(&[f16], &mut [f32]),
+    q8_0_to_f32: unsafe fn(&[BlockQ8_0], &mut [f32]),
 }
 
 impl std::fmt::Debug for CpuKernels {
@@ -134,19 +166,26 @@ impl CpuKernels {
         gemm: [[None; 2]; NUM_FORMATS],
         encode_q8_1: crate::quant::encode_q8_1,
         encode_q8k: crate::quant::encode_q8k,
+        attend: attention::attend,
         axpy_f32: scalar::axpy_f32,
-        axpy_f16: scalar::axpy_f16,
         rms_norm: scalar::rms_norm,
         silu_mul: scalar::silu_mul,
         softmax: scalar::softmax,
         f32_to_f16: scalar::f32_to_f16,
         f16_to_f32: scalar::f16_to_f32,
+        q8_0_to_f32: scalar::q8_0_to_f32,
     };
 
     /// 256-bit vectors.
     #[cfg(target_arch = "x86_64")]
     pub fn avx2(proof: Avx2) -> Self {
         x86::avx2_kernels(proof)
+    }
+
+    /// 256-bit vectors with 8-bit integer dot products.
+    #[cfg(target_arch = "x86_64")]
+    pub fn avx_vnni(proof: AvxVnni) -> Self {
+        x86::avx_vnni_kernels(proof)
     }
 
     /// 512-bit vectors with 8-bit integer dot products.
@@ -161,15 +200,40 @@ impl CpuKernels {
         x86::amx_kernels(proof)
     }
 
+    /// 128-bit vectors.
+    #[cfg(target_arch = "aarch64")]
+    pub fn neon(proof: Neon) -> Self {
+        aarch64::neon_kernels(proof)
+    }
+
+    /// 128-bit vectors with 8-bit integer dot products.
+    #[cfg(target_arch = "aarch64")]
+    pub fn dotprod(proof: DotProd) -> Self {
+        aarch64::dotprod_kernels(proof)
+    }
+
+    /// As [`Self::dotprod`], products of many tokens by 8-bit matrix products.
+    #[cfg(target_arch = "aarch64")]
+    pub fn i8mm(proof: I8mm) -> Self {
+        aarch64::i8mm_kernels(proof)
+    }
+
     /// Every table this processor can run, slowest first; the first is always [`Self::SCALAR`].
     pub fn available() -> Vec<Self> {
-        #[allow(unused_mut, reason = "only x86-64 has more than one table so far")]
+        #[allow(unused_mut, reason = "other processors have one table")]
         let mut tables = vec![Self::SCALAR];
         #[cfg(target_arch = "x86_64")]
         {
             tables.extend(Avx2::new().map(Self::avx2));
+            tables.extend(AvxVnni::new().map(Self::avx_vnni));
             tables.extend(Avx512::new().map(Self::avx512));
             tables.extend(Amx::new().map(Self::amx));
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            tables.extend(Neon::new().map(Self::neon));
+            tables.extend(DotProd::new().map(Self::dotprod));
+            tables.extend(I8mm::new().map(Self::i8mm));
         }
         tables
     }
@@ -254,7 +318,6 @@ impl CpuKernels {
         let mut ahead = weight.get(PREFETCH_BYTES..).unwrap_or_default().chunks(row_bytes);
         for (weight, out) in weight.chunks(group * row_bytes).zip(out.chunks_mut(group * n)) {
             for (tile, at) in tokens.chunks(TILE).zip((0..).step_by(TILE)) {
-                let rows = weight.chunks_exact(row_bytes).zip(out.chunks_exact_mut(n));
                 // The first tokens take the weights from memory, the others from the cache.
                 let mut fetch = || {
                     if at == 0 {
@@ -263,8 +326,21 @@ impl CpuKernels {
                 };
                 if let [token] = tile {
                     let x = [act.row(*token)];
+                    let mut done = 0;
+                    if let Some(several) = dots.several {
+                        let quads = weight.chunks_exact(ROWS * row_bytes).zip(out.chunks_exact_mut(ROWS * n));
+                        for (weight, out) in quads {
+                            // SAFETY: this table was built with proof that the processor has the features it needs.
+                            let y = unsafe { several(weight, x[0]) };
+                            y.iter().enumerate().for_each(|(r, y)| out[r * n + at] = *y);
+                            done += ROWS;
+                        }
+                    }
+                    let rows = weight.chunks_exact(row_bytes).zip(out.chunks_exact_mut(n)).skip(done);
                     for (weight, out) in rows {
-                        fetch();
+                        if !dots.fetches {
+                            fetch();
+                        }
                         // SAFETY: this table was built with proof that the processor has the features it needs.
                         let y = unsafe { (dots.one)(weight, x) };
                         out[at] = y[0];
@@ -272,7 +348,7 @@ impl CpuKernels {
                 } else {
                     // A last tile of two or three is filled up with its first token; the surplus results are dropped.
                     let x = std::array::from_fn(|i| act.row(*tile.get(i).unwrap_or(&tile[0])));
-                    for (weight, out) in rows {
+                    for (weight, out) in weight.chunks_exact(row_bytes).zip(out.chunks_exact_mut(n)) {
                         fetch();
                         // SAFETY: as above.
                         let y = unsafe { (dots.tile)(weight, x) };
@@ -319,27 +395,11 @@ impl CpuKernels {
         y
     }
 
-    /// Sum of products of an f32 query and an f16 key.
-    pub fn dot_f16(&self, query: &[f32], key: &[f16]) -> f32 {
-        assert_eq!(query.len(), key.len(), "dot product of unequal lengths");
-        let dot = self.dots[index(QuantFormat::F16)].one;
-        // SAFETY: as in `dot_f32`.
-        let [y] = unsafe { dot(bytemuck::cast_slice(key), [bytemuck::cast_slice(query)]) };
-        y
-    }
-
     /// `y += a * x`.
     pub fn axpy_f32(&self, a: f32, x: &[f32], y: &mut [f32]) {
         assert_eq!(x.len(), y.len(), "vectors of unequal lengths");
         // SAFETY: as in `dot_f32`.
         unsafe { (self.axpy_f32)(a, x, y) }
-    }
-
-    /// `y += a * x` for an f16 value row.
-    pub fn axpy_f16(&self, a: f32, x: &[f16], y: &mut [f32]) {
-        assert_eq!(x.len(), y.len(), "vectors of unequal lengths");
-        // SAFETY: as in `dot_f32`.
-        unsafe { (self.axpy_f16)(a, x, y) }
     }
 
     /// `out = x / sqrt(mean(x^2) + eps) * weight`, the mean taken in f64.
@@ -374,6 +434,13 @@ impl CpuKernels {
         assert_eq!(src.len(), out.len(), "vectors of unequal lengths");
         // SAFETY: as in `dot_f32`.
         unsafe { (self.f16_to_f32)(src, out) }
+    }
+
+    /// Decodes blocks.
+    pub fn q8_0_to_f32(&self, src: &[BlockQ8_0], out: &mut [f32]) {
+        assert_eq!(32 * src.len(), out.len(), "vectors of unequal lengths");
+        // SAFETY: as in `dot_f32`.
+        unsafe { (self.q8_0_to_f32)(src, out) }
     }
 }
 

@@ -3,14 +3,14 @@
 //! Sums run over 16 interleaved partial sums: closer to the exact value than one long sum, and easy for the compiler.
 
 use super::{RowDots, TILE};
-use crate::quant::{Block, with_block};
+use crate::quant::{Block, BlockQ8_0, with_block};
 use half::f16;
 use tierwise_cost::quant::QuantFormat;
 
 const LANES: usize = 16;
 
 pub(super) const fn row_dots(format: QuantFormat) -> RowDots {
-    with_block!(format, B => RowDots { one: rows::<B, 1>, tile: rows::<B, TILE> })
+    with_block!(format, B => RowDots { one: rows::<B, 1>, tile: rows::<B, TILE>, several: None, fetches: false })
 }
 
 fn rows<B: Block, const T: usize>(weight: &[u8], x: [&[u8]; T]) -> [f32; T] {
@@ -31,12 +31,6 @@ fn rows<B: Block, const T: usize>(weight: &[u8], x: [&[u8]; T]) -> [f32; T] {
 pub(super) fn axpy_f32(a: f32, x: &[f32], y: &mut [f32]) {
     for (y, x) in y.iter_mut().zip(x) {
         *y += a * x;
-    }
-}
-
-pub(super) fn axpy_f16(a: f32, x: &[f16], y: &mut [f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += a * x.to_f32();
     }
 }
 
@@ -81,5 +75,11 @@ pub(super) fn f32_to_f16(src: &[f32], out: &mut [f16]) {
 pub(super) fn f16_to_f32(src: &[f16], out: &mut [f32]) {
     for (out, src) in out.iter_mut().zip(src) {
         *out = src.to_f32();
+    }
+}
+
+pub(super) fn q8_0_to_f32(src: &[BlockQ8_0], out: &mut [f32]) {
+    for (block, out) in src.iter().zip(out.chunks_exact_mut(32)) {
+        block.dequantize(out);
     }
 }

@@ -6,8 +6,10 @@
 
 use super::disk::DiskFile;
 use super::effort::Effort;
+use super::far::{FarEffort, add_far};
 use super::host::{self, HostFacts, host_facts};
 use super::layer::{AttentionWork, SmallWork};
+use super::nodes::Nodes;
 use super::timing::{Case, Rounds, run_rounds};
 use super::weights::{ExpertShape, ExpertWork, MatmulWork, PIECE, Pool, Workspace};
 use super::{INT8_FORMAT, Measured, describe, matmul_rate};
@@ -83,6 +85,9 @@ pub fn calibrate(options: &CalibrateOptions, progress: Progress<'_>) -> Result<M
     let mut machine = describe(facts, &measured);
     machine.note = Some(format!("calibrated {} by {}", options.date, options.program));
     put_disk(&mut machine, &disk, &options.folder);
+    let disk_memory = (!disk.is_empty()).then(|| machine.memories[1].id.clone());
+    let far = FarEffort { pool: effort.pool, time: brief, runs: effort.rounds.max(3), expert: effort.expert, contention: true };
+    let nodes = add_far(&mut machine, &Nodes::of_this_machine(), &threads, far)?;
     let calibration = Calibration {
         date: options.date.clone(),
         program: options.program.clone(),
@@ -91,7 +96,7 @@ pub fn calibrate(options: &CalibrateOptions, progress: Progress<'_>) -> Result<M
         kernels: threads.kernels().name.to_string(),
         processor: machine.processors[0].id.clone(),
         memory: machine.memories[0].id.clone(),
-        disk_memory: (!disk.is_empty()).then(|| machine.memories[1].id.clone()),
+        disk_memory,
         notes,
         launch_us: launch,
         read,
@@ -100,6 +105,8 @@ pub fn calibrate(options: &CalibrateOptions, progress: Progress<'_>) -> Result<M
         attention: computed.attention,
         small: computed.small,
         disk,
+        nodes,
+        copies: Vec::new(),
     };
     machine.calibration = Some(calibration);
     machine.check()?;
@@ -113,13 +120,13 @@ fn pool_bytes(effort: &Effort, facts: &HostFacts) -> Bytes {
     Bytes(wanted.min(facts.ram_available.0 / 4).max(effort.pool.0.min(8 << 20)))
 }
 
-/// Which GPUs there are, and that nobody measured them.
+/// Which GPUs there are, and that they were not measured here (`add_device` does that).
 fn gpu_notes() -> Vec<String> {
     let found = host::gpus();
     if found.is_empty() {
         return vec!["no GPU found: not measured".into()];
     }
-    found.iter().map(|id| format!("GPU {id} not measured: this version executes nothing on a GPU")).collect()
+    found.iter().map(|id| format!("GPU {id} not measured")).collect()
 }
 
 /// 1, 2, 4, ... and all threads.

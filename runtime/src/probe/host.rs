@@ -79,7 +79,7 @@ fn parse_meminfo(text: &str) -> (u64, u64) {
 }
 
 /// `(limit, used without reclaimable page cache)` of every memory cgroup that this process is in.
-fn cgroup_limits(root: &Path, self_cgroup: &str) -> Vec<(u64, u64)> {
+pub(super) fn cgroup_limits(root: &Path, self_cgroup: &str) -> Vec<(u64, u64)> {
     let mut limits = Vec::new();
     for line in self_cgroup.lines() {
         // hierarchy-id:controllers:path
@@ -207,6 +207,11 @@ pub(super) fn gpus() -> Vec<String> {
     }
     found.sort();
     found
+}
+
+/// Whether it is worth asking drivers for a GPU: only a bus that can be read and shows none says no.
+pub(crate) fn may_have_gpu() -> bool {
+    std::fs::read_dir("/sys/bus/pci/devices").is_err() || !gpus().is_empty()
 }
 
 /// NUMA nodes that the system shows; 1 where it shows none.

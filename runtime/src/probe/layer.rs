@@ -50,7 +50,7 @@ fn spec(heads: u32, kv_heads: u32) -> Result<ModelSpec> {
 fn gqa(spec: &ModelSpec) -> &Gqa {
     match &spec.layers[0].attention {
         Attention::Gqa(a) => a,
-        Attention::Mla(_) | Attention::PlanOnly(_) => unreachable!("the description above says gqa"),
+        Attention::Mla(_) | Attention::DeltaNet(_) | Attention::PlanOnly(_) => unreachable!("the description above says gqa"),
     }
 }
 
@@ -131,7 +131,7 @@ impl SmallWork {
         let spec = spec(32, 4)?;
         let (a, hidden) = (gqa(&spec), spec.hidden_size as usize);
         let mut rope = RopeTable::new(a.rope.clone().expect("the probed layer is rotated"), tokens);
-        rope.fill(0, tokens);
+        rope.fill(&[(0, tokens)]);
         let batch = Batch { tokens: tokens as u32, past: 0, sequences: 1, logits: tokens as u32 };
         let of_layer = |o: &&tierwise_cost::op::Op| o.layer == Some(0);
         let elements =

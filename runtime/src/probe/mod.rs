@@ -4,15 +4,23 @@
 //! carries the source "prior".
 
 mod calibrate;
+mod device;
 mod disk;
 mod effort;
+mod far;
 mod host;
 mod layer;
+pub mod nodes;
 mod timing;
 mod weights;
 
+use far::FarEffort;
+use nodes::Nodes;
+
 pub use calibrate::{CalibrateOptions, Progress, calibrate};
+pub use device::add_device;
 pub use effort::Effort;
+pub(crate) use host::may_have_gpu;
 pub use host::{HostFacts, host_facts};
 
 use crate::error::Result;
@@ -44,7 +52,7 @@ impl Default for ProbeOptions {
     }
 }
 
-/// This machine, as far as a short probe can tell. Memories are `dram0` and `disk0`, the processor is `cpu0`.
+/// This machine, as far as a short probe can tell. Memories are `dram0` and `disk0`, far ones `cxl0`, ...; the processor is `cpu0`.
 ///
 /// # Errors
 /// When threads cannot be started.
@@ -60,7 +68,9 @@ pub fn probe_machine(options: ProbeOptions) -> Result<Machine> {
         launch: launch_latency(&threads),
         threads: threads.count(),
     };
-    let machine = describe(facts, &measured);
+    let mut machine = describe(facts, &measured);
+    let effort = FarEffort { pool: options.buffer, time: options.time_each, runs: 3, expert: (1024, 512), contention: false };
+    far::add_far(&mut machine, &Nodes::of_this_machine(), &threads, effort)?;
     machine.check()?;
     Ok(machine)
 }
@@ -87,6 +97,7 @@ fn describe(facts: HostFacts, m: &Measured) -> Machine {
         capacity: Sourced::measured(facts.ram_total).with_note(format!("{} available when probed", facts.ram_available)),
         read_bandwidth: Sourced::measured(m.all).with_note(format!("{count} threads; one thread {}", m.one)),
         latency: Sourced::prior(Seconds(81e-9)).with_note("DDR5, local"),
+        numa_nodes: Vec::new(),
     };
     let disk = Memory {
         id: "disk0".into(),
@@ -94,6 +105,7 @@ fn describe(facts: HostFacts, m: &Measured) -> Machine {
         capacity: disk_bytes.with_note(disk),
         read_bandwidth: disk_rate,
         latency: disk_latency,
+        numa_nodes: Vec::new(),
     };
     let link = Link {
         from: disk.id.clone(),

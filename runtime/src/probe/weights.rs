@@ -11,6 +11,7 @@ use crate::exec::model::Matrix;
 use crate::exec::prepared::Prepared;
 use crate::exec::route::Routing;
 use crate::exec::threads::Threads;
+use crate::memory::{NodeRegion, PageSize};
 use memmap2::MmapMut;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -28,7 +29,13 @@ pub(super) const PIECE: usize = 1 << 20;
 
 /// Memory that stands for a model's weights.
 pub(super) struct Pool {
-    map: MmapMut,
+    memory: PoolMemory,
+}
+
+/// Wherever the system puts it, or on chosen nodes.
+enum PoolMemory {
+    Any(MmapMut),
+    Nodes(NodeRegion),
 }
 
 impl Pool {
@@ -45,19 +52,31 @@ impl Pool {
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::NoHugePage);
         threads.pool().install(|| map.par_chunks_mut(PIECE).for_each(|c| c.fill(FILL)));
-        Ok(Self { map })
+        Ok(Self { memory: PoolMemory::Any(map) })
+    }
+
+    /// `size` bytes on `nodes`.
+    pub(super) fn on(threads: &Threads, size: Bytes, nodes: &[u32]) -> Result<Self> {
+        let bytes = usize::try_from(size.0).unwrap_or(usize::MAX).max(PIECE);
+        let mut region = NodeRegion::new(bytes, nodes, PageSize::System)?;
+        threads.pool().install(|| region.as_mut_slice().par_chunks_mut(PIECE).for_each(|c| c.fill(FILL)));
+        Ok(Self { memory: PoolMemory::Nodes(region) })
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
-        &self.map
+        match &self.memory {
+            PoolMemory::Any(map) => map,
+            PoolMemory::Nodes(region) => region.as_slice(),
+        }
     }
 
     /// Matrix number `index` of this shape; numbers wrap around.
     fn matrix(&self, format: QuantFormat, rows: usize, cols: usize, index: usize) -> Matrix<'_> {
         let bytes = matrix_bytes(format, rows, cols);
         let stride = bytes.next_multiple_of(ALIGNMENT);
-        let start = index % (self.map.len() / stride).max(1) * stride;
-        Matrix { format, rows, cols, bytes: &self.map[start..start + bytes] }
+        let memory = self.bytes();
+        let start = index % (memory.len() / stride).max(1) * stride;
+        Matrix { format, rows, cols, bytes: &memory[start..start + bytes] }
     }
 
     /// Expert number `index` of this shape.
@@ -134,7 +153,7 @@ impl ExpertWork {
             (0..self.distinct).map(|e| (e as u32, pool.expert(&self.shape, w.next + e))).collect();
         w.next += self.distinct;
         w.experts.compute(threads, &w.prepared, &ExpertExtras::default(), &experts);
-        w.experts.combine(threads, &self.routing, &mut w.out[..tokens * hidden], hidden);
+        w.experts.combine(threads, &self.routing, &mut w.out[..tokens * hidden], hidden, |_| true);
     }
 }
 

@@ -19,8 +19,8 @@ pub struct BlockMxfp4 {
 assert_layout!(BlockMxfp4);
 
 /// `2^(exponent - 128)`, the scale of the doubled code values.
-pub(crate) fn half_scale(exponent: u8) -> f32 {
-    let bits = if exponent < 2 { 0x0020_0000 << exponent } else { u32::from(exponent - 1) << 23 };
+pub(crate) const fn half_scale(exponent: u8) -> f32 {
+    let bits = if exponent < 2 { 0x0020_0000 << exponent } else { (exponent as u32 - 1) << 23 };
     f32::from_bits(bits)
 }
 

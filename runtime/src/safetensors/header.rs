@@ -61,7 +61,7 @@ impl<'de> Deserialize<'de> for Entries {
     }
 }
 
-/// A tensor of bytes that mean nothing without another tensor: 8-bit floats with their scales.
+/// A tensor of bytes that mean nothing without another tensor: 8-bit floats, or pairs of 4-bit floats, with their scales.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RawTensor {
     /// Name as in the file.
@@ -83,6 +83,8 @@ pub struct RawTensor {
 pub enum RawKind {
     /// A float of 4 exponent and 3 mantissa bits (`F8_E4M3`).
     Fp8E4m3,
+    /// A byte (`U8`): two 4-bit floats, or a scale, of MXFP4 weights.
+    Byte,
 }
 
 /// The tensors of a file, each list ordered by place.
@@ -121,13 +123,17 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Tables> {
     let data_start = 8 + length;
     let mut tables = Tables::default();
     for (name, entry) in entries.0 {
-        if entry.dtype == "F8_E4M3" {
-            let offset = start_of(&name, &entry, 1, data_start, path)?;
-            let (shape, bytes) = (entry.shape, entry.data_offsets.1 - entry.data_offsets.0);
-            tables.raw.push(RawTensor { name, shape, kind: RawKind::Fp8E4m3, part: 0, offset, bytes });
-        } else {
-            tables.plain.push(place(name, entry, data_start, path)?);
-        }
+        let kind = match entry.dtype.as_str() {
+            "F8_E4M3" => RawKind::Fp8E4m3,
+            "U8" => RawKind::Byte,
+            _ => {
+                tables.plain.push(place(name, entry, data_start, path)?);
+                continue;
+            }
+        };
+        let offset = start_of(&name, &entry, 1, data_start, path)?;
+        let (shape, bytes) = (entry.shape, entry.data_offsets.1 - entry.data_offsets.0);
+        tables.raw.push(RawTensor { name, shape, kind, part: 0, offset, bytes });
     }
     tables.plain.sort_by_key(|t| (t.offset, t.bytes));
     tables.raw.sort_by_key(|t| (t.offset, t.bytes));
@@ -149,7 +155,7 @@ fn place(name: String, entry: Entry, data_start: u64, path: &Path) -> Result<Ten
         "BF16" => QuantFormat::BF16,
         other => {
             let hint = "take the model in one of these, or as a GGUF file";
-            return bad(format!("of type {other:?}"), "F32, F16 or BF16, or F8_E4M3 with scales".to_string(), hint);
+            return bad(format!("of type {other:?}"), "F32, F16 or BF16, or F8_E4M3 or U8 (MXFP4) with scales".to_string(), hint);
         }
     };
     let offset = start_of(&name, &entry, u64::from(format.layout().bytes), data_start, path)?;

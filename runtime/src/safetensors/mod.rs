@@ -1,8 +1,8 @@
 //! Hugging Face weights: one safetensors file, or a folder of them with an index.
 //!
 //! Read through memory maps and checked like GGUF files: nothing in the header is believed before it was compared with the file.
-//! Plain formats (F32, F16, BF16) are tensors like those of GGUF files; 8-bit floats are [`RawTensor`]s, which only their scales give
-//! a meaning. [`header`] has the layout.
+//! Plain formats (F32, F16, BF16) are tensors like those of GGUF files; 8-bit and 4-bit floats are [`RawTensor`]s, which only their
+//! scales give a meaning. [`header`] has the layout.
 
 pub mod header;
 
@@ -11,7 +11,7 @@ pub use header::{RawKind, RawTensor};
 use crate::error::{Result, RuntimeError};
 use crate::gguf::TensorInfo;
 use crate::gguf::file::missing_tensor;
-use crate::gguf::map::map_file;
+use crate::gguf::map::{HostWeights, bring_in, map_file};
 use memmap2::Mmap;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -130,6 +130,14 @@ impl SafeTensors {
             parts.push((file, map));
         }
         Ok(Self { path: path.to_path_buf(), parts, tensors, index, raw })
+    }
+
+    /// Brings all weights in, as `how` says.
+    ///
+    /// # Errors
+    /// When a file cannot be read or the system refuses the memory.
+    pub fn bring_in(&mut self, how: HostWeights) -> Result<()> {
+        self.parts.iter_mut().try_for_each(|(path, map)| bring_in(path, map, how))
     }
 
     /// The path given to [`Self::open`].

@@ -2,30 +2,43 @@
 //!
 //! What a session holds in memory is what its plan budgets: context, cache format, chunk and slots come from the plan alone.
 
+mod open;
 mod perplexity;
 pub mod process;
 pub mod record;
+mod resize;
+mod sequences;
+mod steps;
+pub mod tiers;
 pub mod verify;
 
-pub use crate::exec::driver::{DriverTimes, Foreseen, Recording};
+pub use crate::exec::driver::{DriverTimes, Foreseen, Recording, SlotSizes};
 pub use crate::exec::executor::CapturedRouting;
-pub use crate::exec::loader::{IoBackend, IoOptions, IoReport, PageCache};
+pub use crate::exec::loader::{IoBackend, IoOptions, IoReport, PageCache, Throttle, Throttled};
 pub use crate::exec::model::Model;
+pub use crate::exec::placed::names_nodes;
+pub use crate::exec::sequences::SequenceId;
+pub use crate::hybrid::memory::DeviceLine;
+pub use open::needs_device;
 pub use perplexity::{Perplexity, perplexity};
+pub use resize::{BudgetControl, BudgetState};
 
+use crate::backend::device::{DeviceBackend, DeviceInfo};
 use crate::error::{Result, RuntimeError};
 use crate::exec::driver::Driver;
-use crate::exec::executor::Executor;
-use crate::exec::loader::{ExpertReader, ExpertTable, Loader, SlotBuffer};
-use crate::exec::slots::ExpertSlots;
+use crate::exec::loader::ExpertReader;
+use crate::exec::remote::RemoteExperts;
+use crate::exec::sequences::SequenceTokens;
+use crate::hybrid::executor::HybridExecutor;
+use crate::memory::PageSize;
 use ndarray::Array2;
+use open::Source;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tierwise_cost::machine::{MemoryKind, ProcessorKind};
+use steps::Steps;
 use tierwise_planner::CheckedPlan;
+use tierwise_planner::engine::Statistics;
 use tierwise_planner::engine::costs::EngineCosts;
-use tierwise_planner::engine::{Engine, Statistics};
-use tierwise_planner::plan::PrefetchKind;
 use tierwise_planner::routing::RoutingTrace;
 
 /// What is not in the plan.
@@ -42,13 +55,15 @@ pub struct SessionConfig {
     /// Ask the routers of so many later layers early even if the plan does not use the answers, to measure or record them (see
     /// [`tierwise_planner::engine::Input::Foreseen`]); at most [`crate::exec::foresight::MAX_DISTANCE`]. 0: as the plan wants.
     pub lookahead: u32,
+    /// Pages of slots on memory nodes that the plan names.
+    pub pages: PageSize,
 }
 
 impl SessionConfig {
     /// `threads` compute threads, nothing captured, recorded or asked early, experts read as suits the system.
     pub const fn new(threads: usize) -> Self {
         let io = IoOptions { backend: IoBackend::Auto, page_cache: PageCache::Auto };
-        Self { threads, capture_routing: false, record: false, io, lookahead: 0 }
+        Self { threads, capture_routing: false, record: false, io, lookahead: 0, pages: PageSize::System }
     }
 }
 
@@ -59,7 +74,7 @@ pub struct SessionStatistics {
     pub prefill_tokens: usize,
     /// Time for them.
     pub prefill_time: Duration,
-    /// Tokens computed one at a time.
+    /// Tokens computed one at a time, or one of each of several sequences.
     pub decode_tokens: usize,
     /// Time for them.
     pub decode_time: Duration,
@@ -69,14 +84,22 @@ pub struct SessionStatistics {
     pub engine: Statistics,
 }
 
-/// One sequence on one model.
+/// A model and its sequences: one, [`SequenceId::FIRST`], which most functions are about, and those added beside it, which are computed
+/// together with [`Session::step`].
 pub struct Session {
     model: Arc<Model>,
-    executor: Executor,
+    /// Dropped before the executor: its threads may be copying into the device's memory.
     driver: Driver,
+    /// Changes the slots while the session works.
+    budget: BudgetControl,
+    executor: Steps,
     chunk_tokens: usize,
-    /// Logits after the last token: `[vocab_size]`.
+    /// Sequences that the plan has room for.
+    most_sequences: usize,
+    /// Logits after the first sequence's last token: `[vocab_size]`.
     logits: Vec<f32>,
+    /// Logits of the last step of several sequences: `[sequences, vocab_size]`.
+    step_logits: Vec<f32>,
     prefill: (usize, Duration),
     decode: (usize, Duration),
 }
@@ -101,9 +124,7 @@ impl Session {
         config: SessionConfig,
         costs: Option<Arc<EngineCosts>>,
     ) -> Result<Self> {
-        let table = slot_table(&model, plan)?;
-        let loader = if table.paths().is_empty() { Loader::idle() } else { Loader::open(&table, config.io)? };
-        Self::start(model, plan, config, costs, table, loader)
+        open::open(model, plan, config, costs, &Source::Files, None)
     }
 
     /// [`Self::with_costs`] with another source of experts, e.g. one that fails.
@@ -117,54 +138,52 @@ impl Session {
         costs: Option<Arc<EngineCosts>>,
         reader: Option<&Arc<dyn ExpertReader>>,
     ) -> Result<Self> {
-        let table = slot_table(&model, plan)?;
-        let loader = reader.map_or_else(|| Ok(Loader::idle()), Loader::with_reader)?;
-        Self::start(model, plan, config, costs, table, loader)
+        open::open(model, plan, config, costs, &Source::Reader(reader), None)
     }
 
-    fn start(
+    /// [`Self::with_costs`] for a plan whose main processor is a GPU: `backend` is it.
+    ///
+    /// # Errors
+    /// As [`Self::with_costs`], and when the device does not hold or cannot run what the plan wants.
+    pub fn on_device(
         model: Arc<Model>,
         plan: &CheckedPlan,
         config: SessionConfig,
         costs: Option<Arc<EngineCosts>>,
-        table: Arc<ExpertTable>,
-        loader: Loader,
+        backend: Box<dyn DeviceBackend>,
     ) -> Result<Self> {
-        let num_layers = model.spec().layers.len() as u32;
-        let layouts = (0..num_layers).map(|l| model.expert_layout(l)).collect();
-        // A pool's slots take an expert of any layer whose experts are no larger.
-        let buffer_bytes = |slot_bytes: u64| {
-            let fits = |l: &u32| plan.expert_bytes(*l).0 <= slot_bytes;
-            (0..num_layers).filter(fits).map(|l| table.slot_bytes(l)).max().unwrap_or(0)
-        };
-        let pools = plan
-            .pools()
-            .iter()
-            .map(|p| (0..p.slots).map(|_| SlotBuffer::zeroed(buffer_bytes(p.slot_bytes.0))).collect())
-            .collect();
-        let slots = ExpertSlots::new(layouts, table, pools);
-        let engine = engine(plan, costs.as_ref())?;
-        let mut driver = Driver::new(engine, slots, loader, costs, config.record);
-        driver.begin();
-        let context = plan.context() as usize;
-        let settings = plan.plan().engine;
-        let asked = if settings.prefetch == PrefetchKind::Lookahead { settings.prefetch_layers } else { 0 };
-        let lookahead = config.lookahead.max(asked);
-        let executor = Executor::new(&model, config.threads, context, plan.kv_format(), config.capture_routing, lookahead)?;
-        Ok(Self {
-            model,
-            executor,
-            driver,
-            chunk_tokens: plan.chunk_tokens().max(1) as usize,
-            logits: Vec::new(),
-            prefill: Default::default(),
-            decode: Default::default(),
-        })
+        open::open(model, plan, config, costs, &Source::Files, Some(backend))
+    }
+
+    /// What is allocated on the device beside what was planned; `None` without a device.
+    pub fn device_memory(&self) -> Option<Vec<DeviceLine>> {
+        self.executor.device().map(HybridExecutor::memory)
+    }
+
+    /// The device; `None` without one.
+    pub fn device(&self) -> Option<&DeviceInfo> {
+        self.executor.device().map(HybridExecutor::info)
     }
 
     /// How experts are read from disk; `None` when none is.
     pub const fn io(&self) -> Option<&IoReport> {
         self.driver.loader().report()
+    }
+
+    /// From now on these memories of the plan give experts no faster than so: stands in for slow memory that is not there. Bits stay the
+    /// same.
+    ///
+    /// # Errors
+    /// For a memory that holds no experts of the plan, its main memory, or a rate that is none.
+    pub fn throttle(&mut self, plan: &CheckedPlan, throttles: &[Throttle]) -> Result<()> {
+        // What is under way, and what was held back until now, comes first.
+        self.settle();
+        self.driver.loader_mut().throttle(plan, throttles)
+    }
+
+    /// Memories that are slowed down, and what they gave since.
+    pub fn throttled(&self) -> Vec<Throttled> {
+        self.driver.loader().throttled()
     }
 
     /// From now on the routers' choices are replaced by those of `trace`, token by token from number `first` on; `None` ends that.
@@ -197,24 +216,44 @@ impl Session {
         Ok(())
     }
 
+    /// From now on routed experts are computed by `remote`; `None`: by the plan's engine again.
+    ///
+    /// # Errors
+    /// When the session computes on a device.
+    pub fn set_remote(&mut self, remote: Option<Box<dyn RemoteExperts>>) -> Result<()> {
+        if self.executor.set_remote(remote) {
+            return Ok(());
+        }
+        Err(RuntimeError::BadRequest {
+            what: "device",
+            found: "a session on a device".into(),
+            expected: "one on the CPU: experts over several ranks are computed there only (--device cpu)".into(),
+        })
+    }
+
+    /// Tokens of a prompt that are computed at once, at most.
+    pub const fn chunk_tokens(&self) -> usize {
+        self.chunk_tokens
+    }
+
     /// The model.
     pub const fn model(&self) -> &Arc<Model> {
         &self.model
     }
 
     /// Tokens in the cache.
-    pub const fn len(&self) -> usize {
-        self.executor.kv().len()
+    pub fn len(&self) -> usize {
+        self.executor.len(SequenceId::FIRST).unwrap_or(0)
     }
 
     /// Nothing in the cache.
-    pub const fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
     /// Tokens the cache can hold.
     pub const fn context(&self) -> usize {
-        self.executor.kv().context()
+        self.executor.context()
     }
 
     /// Forgets the sequence. Loaded experts stay.
@@ -224,7 +263,7 @@ impl Session {
 
     /// Forgets the tokens from `len` on, e.g. to keep a common prefix.
     pub fn truncate(&mut self, len: usize) {
-        self.executor.kv_mut().truncate(len);
+        self.executor.truncate(SequenceId::FIRST, len);
         self.logits.clear();
     }
 
@@ -277,7 +316,8 @@ impl Session {
             }
             let wanted = end - first.max(at);
             let Self { model, executor, driver, logits: last, .. } = self;
-            executor.step(model, driver, chunk, wanted, &mut |row, block| {
+            let part = SequenceTokens { sequence: SequenceId::FIRST, tokens: chunk, wanted };
+            executor.step(model, driver, &[part], &mut |row, block| {
                 for (i, logits) in block.rows().into_iter().enumerate() {
                     let logits = logits.to_slice().expect("logits are row-major");
                     sink(end - wanted + row + i, logits);
@@ -317,6 +357,8 @@ impl Session {
 
     /// Waits until no load is under way: what was begun is then in the recording with its end.
     pub fn settle(&mut self) {
+        // A lost device is an error of the next step; what it holds back is given up here.
+        let _ = self.executor.wait(&mut self.driver);
         self.driver.settle();
     }
 
@@ -334,13 +376,19 @@ impl Session {
 
     fn step_for_last(&mut self, tokens: &[u32]) -> Result<()> {
         let Self { model, executor, driver, logits, .. } = self;
-        executor.step(model, driver, tokens, 1, &mut |_, block| {
+        let part = SequenceTokens { sequence: SequenceId::FIRST, tokens, wanted: 1 };
+        executor.step(model, driver, &[part], &mut |_, block| {
             logits.clear();
             logits.extend(block.iter());
         })
     }
 
     fn check(&self, tokens: &[u32]) -> Result<()> {
+        self.check_tokens(self.len(), tokens)
+    }
+
+    /// Refuses tokens that cannot follow `len` others.
+    fn check_tokens(&self, len: usize, tokens: &[u32]) -> Result<()> {
         let spec = self.model.spec();
         let bad = |found: String, expected: String| Err(RuntimeError::BadRequest { what: "tokens", found, expected });
         if tokens.is_empty() {
@@ -349,94 +397,10 @@ impl Session {
         if let Some(token) = tokens.iter().find(|t| **t >= spec.vocab_size) {
             return bad(format!("id {token}"), format!("ids below the vocabulary's size {}", spec.vocab_size));
         }
-        let needed = self.len() + tokens.len();
+        let needed = len + tokens.len();
         if needed > self.context() {
             return Err(RuntimeError::ContextTooSmall { needed, context: self.context(), trained: spec.context_length as usize });
         }
         Ok(())
     }
-}
-
-/// Where the experts of the layers with slots are; refuses a plan for another model or other sizes.
-fn slot_table(model: &Model, plan: &CheckedPlan) -> Result<Arc<ExpertTable>> {
-    check_plan(model, plan)?;
-    let with_slots: Vec<u32> = (0..model.spec().layers.len() as u32).filter(|l| plan.slots(*l) > 0).collect();
-    for layer in &with_slots {
-        if model.experts_are_made(*layer) {
-            return Err(RuntimeError::BadRequest {
-                what: "plan",
-                found: format!("experts of layer {layer} on disk"),
-                expected:
-                    "all in main memory: this checkpoint's experts are decoded at load and are not in the files as they are \
-                           computed with; convert it to GGUF to run it from disk"
-                        .to_string(),
-            });
-        }
-        let bytes = model.expert_layout(*layer).map_or(0, |l| l.bytes());
-        if bytes as u64 != plan.expert_bytes(*layer).0 {
-            return Err(RuntimeError::BadRequest {
-                what: "plan",
-                found: format!("{} for an expert of layer {layer}", plan.expert_bytes(*layer)),
-                expected: format!("{bytes} bytes, as the model's file has; make the plan again"),
-            });
-        }
-    }
-    Ok(Arc::new(model.expert_table(with_slots)))
-}
-
-/// The plan's engine, with the times that it needs.
-fn engine(plan: &CheckedPlan, costs: Option<&Arc<EngineCosts>>) -> Result<Engine> {
-    if let Some(costs) = costs {
-        costs.check(plan).map_err(|e| RuntimeError::BadRequest {
-            what: "times of the engine",
-            found: e.to_string(),
-            expected: "the times of this plan".into(),
-        })?;
-        return Ok(Engine::with_costs(plan, Arc::clone(costs)));
-    }
-    let settings = plan.plan().engine;
-    if settings.prefetch != PrefetchKind::Off || settings.fill {
-        return Err(RuntimeError::BadRequest {
-            what: "plan",
-            found: "an engine that prefetches or fills, and no times of this machine".into(),
-            expected: "the times by which it decides (EngineCosts)".into(),
-        });
-    }
-    Ok(Engine::new(plan))
-}
-
-/// Refuses a plan for another model, or for processors and memories that the CPU executor does not use.
-fn check_plan(model: &Model, plan: &CheckedPlan) -> Result<()> {
-    let bad = |found: String, expected: String| Err(RuntimeError::BadRequest { what: "plan", found, expected });
-    let (made_for, is) = (&plan.plan().model.fingerprint, model.spec().fingerprint());
-    if *made_for != is {
-        return bad(format!("made for {} ({made_for})", plan.plan().model.name), format!("one for this model ({is})"));
-    }
-    for executor in plan.required_executors() {
-        if executor.kind != ProcessorKind::Cpu {
-            return bad(
-                format!("experts computed on {}", executor.id),
-                "a plan for the CPU alone: plan with --vram 0, or for a machine without GPU".to_string(),
-            );
-        }
-    }
-    for (layer, moe) in model.spec().moe_layers() {
-        for expert in 0..moe.num_experts {
-            let tier = plan.tier(plan.tier_of(layer, expert));
-            match tier.kind {
-                MemoryKind::Dram => {}
-                MemoryKind::Disk if plan.slots(layer) > 0 => {}
-                MemoryKind::Disk => {
-                    return bad(format!("layer {layer} with experts on disk and no slot"), "at least one slot".to_string());
-                }
-                MemoryKind::Vram | MemoryKind::Cxl => {
-                    return bad(
-                        format!("layer {layer} expert {expert} in {}", tier.memory),
-                        "experts in main memory or on disk: other memories can be planned for but not used yet".to_string(),
-                    );
-                }
-            }
-        }
-    }
-    Ok(())
 }

@@ -16,6 +16,8 @@ pub struct ProcessMemory {
     pub file: Bytes,
     /// Of these, pages of the model's files.
     pub model: Bytes,
+    /// Of the memory of its own, what is in huge pages.
+    pub huge: Bytes,
 }
 
 impl ProcessMemory {
@@ -38,6 +40,7 @@ impl ProcessMemory {
             anonymous: line("RssAnon:")?,
             file: line("RssFile:")?,
             model: resident_of(maps, model_files),
+            huge: Bytes(maps.lines().filter_map(|l| l.strip_prefix("AnonHugePages:")).filter_map(kibibytes).map(|b| b.0).sum()),
         })
     }
 }

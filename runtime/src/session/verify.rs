@@ -1,9 +1,11 @@
-//! Is what is resident what was planned? Slots against the engine's books and the file's bytes, memory against the budget's lines.
+//! Is what is resident what was planned? Slots against the engine's books and the file's bytes, memory of process and device against the
+//! budget's lines.
 
 use super::Session;
 use super::process::ProcessMemory;
 use crate::error::{Result, RuntimeError};
 use crate::exec::loader::{ExpertReader, FileReader};
+use crate::hybrid::memory::{DeviceLine, OWN};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
@@ -20,6 +22,9 @@ use tierwise_planner::{CheckedPlan, budget};
 pub const OVERHEAD: Bytes = Bytes(64 << 20);
 /// Pages that the kernel maps around one that is touched (`fault_around_bytes`), on either side of a run of tensors.
 const FAULT_AROUND: u64 = 64 << 10;
+
+/// What alignment may add to a line of a device's budget, or a hundredth of the line.
+const ALIGNMENT_SHARE: u64 = 1 << 20;
 
 /// One comparison.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -44,8 +49,7 @@ fn check(name: impl Into<String>, planned: impl ToString, found: impl ToString, 
 /// # Errors
 /// When a file cannot be read at all.
 pub fn verify(session: &mut Session, plan: &CheckedPlan) -> Result<Vec<Check>> {
-    session.driver.settle();
-    let session = &*session;
+    session.settle();
     let table = session.model.expert_table(plan.moe_layers().iter().copied());
     let mut checks = vec![check(
         "model",
@@ -56,7 +60,14 @@ pub fn verify(session: &mut Session, plan: &CheckedPlan) -> Result<Vec<Check>> {
     checks.extend(placement(session, plan));
     checks.extend(slots(session, plan)?);
     checks.push(contents(session, plan)?);
-    checks.extend(memory(session, plan));
+    match session.device_memory() {
+        Some(lines) => {
+            checks.extend(device_memory(&lines, plan));
+            checks.push(device_contents(session, plan)?);
+        }
+        // With a device, drivers keep memory of their own in the process.
+        None => checks.extend(memory(session, plan)),
+    }
     for path in table.paths() {
         checks.push(on_disk(path, &table, plan)?);
     }
@@ -68,24 +79,30 @@ fn line(plan: &CheckedPlan, kinds: &[MemoryKind], name: &str) -> Bytes {
     plan.plan().budgets.iter().filter(|b| kinds.contains(&b.kind)).map(|b| b.line(name)).sum()
 }
 
-/// Bytes of the file's experts that the plan puts into memory and on disk, against the budget's lines.
+/// Bytes of the file's experts that the plan puts onto the device, into memory and on disk, against the budget's lines.
 fn placement(session: &Session, plan: &CheckedPlan) -> Vec<Check> {
-    let (mut in_memory, mut on_disk) = (Bytes::ZERO, Bytes::ZERO);
+    let (mut on_device, mut in_memory, mut on_disk) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
     for &layer in plan.moe_layers() {
         let bytes = Bytes(session.model.expert_layout(layer).map_or(0, |l| l.bytes()) as u64);
         for expert in 0..plan.num_experts(layer) {
             match plan.tier(plan.tier_of(layer, expert)).kind {
                 MemoryKind::Disk => on_disk += bytes,
-                MemoryKind::Dram | MemoryKind::Vram | MemoryKind::Cxl => in_memory += bytes,
+                MemoryKind::Vram => on_device += bytes,
+                MemoryKind::Dram | MemoryKind::Cxl => in_memory += bytes,
             }
         }
     }
-    let others = [MemoryKind::Dram, MemoryKind::Vram, MemoryKind::Cxl];
-    let planned = (line(plan, &others, budget::RESIDENT_EXPERTS), line(plan, &[MemoryKind::Disk], budget::RESIDENT_EXPERTS));
-    vec![
-        check("experts in memory", planned.0, in_memory, planned.0 == in_memory),
-        check("experts on disk", planned.1, on_disk, planned.1 == on_disk),
-    ]
+    let planned = |kinds: &[MemoryKind]| line(plan, kinds, budget::RESIDENT_EXPERTS);
+    let (vram, ram, disk) =
+        (planned(&[MemoryKind::Vram]), planned(&[MemoryKind::Dram, MemoryKind::Cxl]), planned(&[MemoryKind::Disk]));
+    let mut checks = vec![
+        check("experts in memory", ram, in_memory, ram == in_memory),
+        check("experts on disk", disk, on_disk, disk == on_disk),
+    ];
+    if session.device().is_some() {
+        checks.insert(0, check("experts on the device", vram, on_device, vram == on_device));
+    }
+    checks
 }
 
 /// The slots: their number and size, and what the engine says is in them.
@@ -95,7 +112,7 @@ fn slots(session: &Session, plan: &CheckedPlan) -> Result<Vec<Check>> {
     let bytes = |(p, n): (&Pool, &usize)| Bytes(p.slot_bytes.0 * *n as u64);
     let cached = plan.cache_pools().len();
     let held: Bytes = pools.iter().zip(&found).take(cached).map(bytes).sum();
-    let planned = line(plan, &[MemoryKind::Dram], budget::EXPERT_CACHE);
+    let planned = line(plan, &[MemoryKind::Dram, MemoryKind::Vram], budget::EXPERT_CACHE);
     let mut checks = vec![check("slots", planned, held, planned == held)];
     if let Some(staging) = pools.get(cached) {
         let held: Bytes = pools.iter().zip(&found).skip(cached).map(bytes).sum();
@@ -109,23 +126,63 @@ fn slots(session: &Session, plan: &CheckedPlan) -> Result<Vec<Check>> {
         let resident: Vec<_> = session.driver.engine().resident_slots(layer).collect();
         let experts: BTreeSet<u32> = resident.iter().map(|(_, e)| *e).collect();
         let slots: BTreeSet<_> = resident.iter().map(|(s, _)| *s).collect();
-        let strangers = experts.iter().filter(|e| plan.tier(plan.tier_of(layer, **e)).kind != MemoryKind::Disk).count();
-        let capacity = pools.get(plan.pool_of(layer) as usize).map_or(0, |p| p.slots);
+        let strangers = experts.iter().filter(|e| plan.tier(plan.tier_of(layer, **e)).through.is_none()).count();
         let ok = experts.len() == resident.len()
             && slots.len() == resident.len()
             && strangers == 0
-            && slots.iter().all(|s| s.pool == plan.pool_of(layer) && s.index < capacity);
+            && slots.iter().all(|s| s.pool == plan.pool_of(layer) && session.driver.slots().contains(*s));
         let name = format!("layer {layer}: experts in slots");
         let found = match strangers {
             0 => format!("{} different ones", experts.len()),
-            n => format!("{} different ones, {n} of which are not planned on disk", experts.len()),
+            n => format!("{} different ones, {n} of which are planned to stay where they are", experts.len()),
         };
-        checks.push(check(name, format!("at most {} of those on disk", plan.slots(layer)), found, ok));
+        checks.push(check(name, format!("at most {} of those to be loaded", plan.slots(layer)), found, ok));
     }
     Ok(checks)
 }
 
-/// Every expert in a slot against a fresh read of the file.
+/// The device's budget: every line to the alignment of its parts, and the sum.
+fn device_memory(lines: &[DeviceLine], plan: &CheckedPlan) -> Vec<Check> {
+    let ours = lines.iter().filter(|l| l.name != OWN);
+    let mut checks: Vec<Check> = ours
+        .map(|l| {
+            let alignment = Bytes(ALIGNMENT_SHARE.max(l.planned.0 / 100));
+            let planned = format!("{} + at most {alignment}", l.planned);
+            check(format!("device: {}", l.name), planned, l.allocated, l.allocated.0 <= l.planned.0 + alignment.0)
+        })
+        .collect();
+    let all: Bytes = lines.iter().map(|l| l.allocated).sum();
+    let capacity = plan.plan().budgets.iter().find(|b| b.memory == plan.plan().main.memory).map_or(Bytes::ZERO, |b| b.capacity);
+    checks.push(check("device: all", format!("at most {capacity}"), all, all <= capacity));
+    checks
+}
+
+/// Every expert in a slot on the device, read back, against the model's.
+fn device_contents(session: &mut Session, plan: &CheckedPlan) -> Result<Check> {
+    let Session { model, executor, driver, .. } = session;
+    let (mut count, mut compared, mut wrong) = (0_u64, 0_u64, Vec::new());
+    for &layer in plan.moe_layers() {
+        let Some(tensors) = model.expert_tensors(layer) else { continue };
+        for (slot, expert) in driver.engine().resident_slots(layer) {
+            let Some(place) = driver.slots().device_place(slot) else { continue };
+            let held = executor.read_expert(layer, place)?;
+            let e = model.expert(tensors, expert);
+            let own = [e.gate.bytes, e.up.bytes, e.down.bytes];
+            compared += own.iter().map(|b| b.len() as u64).sum::<u64>();
+            count += 1;
+            if held.iter().zip(own).any(|(held, own)| held.as_slice() != own) {
+                wrong.push(format!("layer {layer} expert {expert}"));
+            }
+        }
+    }
+    let found = match wrong.first() {
+        None => format!("{count} experts, {}, all equal", Bytes(compared)),
+        Some(first) => format!("{} of {count} differ, first {first}", wrong.len()),
+    };
+    Ok(check("bytes in slots on the device", "those of the file", found, wrong.is_empty()))
+}
+
+/// Every expert in a slot in host memory against a fresh read of the file.
 fn contents(session: &Session, plan: &CheckedPlan) -> Result<Check> {
     let table = Arc::new(session.model.expert_table(plan.moe_layers().iter().copied()));
     let reader = FileReader::new(Arc::clone(&table))?;
@@ -135,6 +192,9 @@ fn contents(session: &Session, plan: &CheckedPlan) -> Result<Check> {
         let mut fresh = vec![0; table.slot_bytes(layer)];
         for (slot, expert) in session.driver.engine().resident_slots(layer) {
             let key = ExpertKey { layer, expert };
+            if session.driver.slots().device_place(slot).is_some() {
+                continue;
+            }
             reader.read(key, &mut fresh).map_err(|reason| RuntimeError::ExpertsUnavailable { layer, reason })?;
             let held = session.driver.slots().expert(key, slot);
             let mut same = true;
@@ -164,9 +224,11 @@ fn contents(session: &Session, plan: &CheckedPlan) -> Result<Check> {
 
 /// Memory of the process against the sum of the budget's lines.
 fn memory(session: &Session, plan: &CheckedPlan) -> Vec<Check> {
-    let kv = Bytes(session.executor.kv().bytes());
+    let kv = Bytes(session.executor.kv_bytes().0);
     let planned_kv = line(plan, &[MemoryKind::Dram], budget::KV);
-    let kv_ok = planned_kv.0 == kv.0 * u64::from(plan.batch().max(1));
+    // All sequences are alike; the plan has room for as many as its batch.
+    let (open, planned) = (session.executor.sequences().len() as u64, u64::from(plan.batch().max(1)));
+    let kv_ok = open <= planned && planned_kv.0 * open == kv.0 * planned;
     let mut checks = vec![check("keys and values", planned_kv, kv, kv_ok)];
     let Some(found) = ProcessMemory::look(&session.model.paths()) else {
         return checks;
@@ -175,8 +237,13 @@ fn memory(session: &Session, plan: &CheckedPlan) -> Vec<Check> {
     // Staging slots have room in what is staged or free.
     let staging: Bytes =
         plan.pools().iter().skip(plan.cache_pools().len()).map(|p| Bytes(p.slot_bytes.0 * u64::from(p.slots))).sum();
-    let own = dram(budget::EXPERT_CACHE) + dram(budget::KV) + dram(budget::ACTIVATIONS) + staging;
-    let mapped = dram(budget::NON_EXPERT_WEIGHTS) + dram(budget::RESIDENT_EXPERTS);
+    // Experts on named nodes were copied there, with the blocks around them.
+    let placed: Bytes =
+        session.model.placed().into_iter().flat_map(|p| p.regions()).map(|r| Bytes(r.region.as_slice().len() as u64)).sum();
+    let without_nodes = plan.plan().budgets.iter().filter(|b| b.kind == MemoryKind::Dram && b.numa_nodes.is_empty());
+    let in_map: Bytes = without_nodes.map(|b| b.line(budget::RESIDENT_EXPERTS)).sum();
+    let own = dram(budget::EXPERT_CACHE) + dram(budget::KV) + dram(budget::ACTIVATIONS) + staging + placed;
+    let mapped = dram(budget::NON_EXPERT_WEIGHTS) + in_map;
     let within = |name: &str, planned: Bytes, overhead: Bytes, found: Bytes| {
         let ok = found.0 <= planned.0 + overhead.0;
         check(name, format!("{planned} + at most {overhead}"), found, ok)

@@ -2,10 +2,11 @@
 
 use super::{own_layers, vocabulary};
 use crate::error::{Result, RuntimeError};
-use crate::gguf::{Metadata, TensorInfo, Value};
+use crate::gguf::Value;
 use crate::import::families::{self, Family};
-use crate::import::gguf::{file_type_of, spec_of};
+use crate::import::gguf::file_type_of;
 use crate::import::gguf_keys;
+use crate::import::read_back::check_that_it_reads_back;
 use std::path::Path;
 use tierwise_cost::model::{Attention, Ffn, Geometry, Gqa, ModelSpec, Moe};
 use tierwise_cost::recipe::Recipe;
@@ -96,32 +97,4 @@ fn keys(g: &Geometry, family: &Family, a: &Gqa, m: &Moe, recipe: &Recipe) -> Res
     }
     keys.extend(vocabulary::keys(g.vocab_size)?);
     Ok(keys)
-}
-
-/// A geometry that the architecture's files cannot express (a bias it does not have, another routing rule) is refused: the file
-/// would be another model.
-pub(super) fn check_that_it_reads_back(spec: &ModelSpec, keys: &[(String, Value)], out: &Path) -> Result<()> {
-    let mut metadata = Metadata::new(out);
-    for (key, value) in keys {
-        metadata.insert(key, value.clone())?;
-    }
-    let info = |t: &tierwise_cost::model::TensorSpec| TensorInfo {
-        name: t.name.clone(),
-        shape: t.shape.clone(),
-        format: t.format,
-        bytes: t.bytes.0,
-        part: 0,
-        offset: 0,
-    };
-    let tensors: Vec<TensorInfo> = spec.tensors.iter().map(info).collect();
-    let reason = match spec_of(out, &metadata, &tensors) {
-        Ok(read) if read.geometry == spec.geometry => return Ok(()),
-        Ok(_) => "its layers differ from what the architecture prescribes".to_string(),
-        Err(error) => error.to_string(),
-    };
-    Err(RuntimeError::BadRequest {
-        what: "model",
-        found: format!("{}, which a GGUF file of architecture {} cannot express ({reason})", spec.name, spec.architecture),
-        expected: "a model of that architecture".into(),
-    })
 }

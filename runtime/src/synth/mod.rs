@@ -13,11 +13,13 @@ mod vocabulary;
 
 use crate::error::{Result, RuntimeError};
 use crate::gguf::{DEFAULT_ALIGNMENT, GgufDataWriter, GgufWriter};
+use crate::import::gguf_rope;
 use blocks::BlockSource;
 use rayon::prelude::*;
 use std::path::Path;
 use std::time::Instant;
 use tierwise_cost::model::{Geometry, ModelSpec, TensorRole, TensorSpec};
+use tierwise_cost::quant::QuantFormat;
 use tierwise_cost::recipe::Recipe;
 
 /// What was written.
@@ -57,6 +59,10 @@ pub fn synth(
     for t in &spec.tensors {
         header.tensor(&t.name, &t.shape, t.format)?;
     }
+    let rope_tensors = gguf_rope::tensors_of(&spec.geometry);
+    for (name, values) in &rope_tensors {
+        header.tensor(name, &[values.len() as u64], QuantFormat::F32)?;
+    }
     let mut writer = header.start()?;
     let total = spec.total_bytes().0;
     let mut done = 0;
@@ -75,6 +81,9 @@ pub fn synth(
             done += bytes;
             progress(done, total);
         })?;
+    }
+    for (name, values) in &rope_tensors {
+        writer.write(name, bytemuck::cast_slice(values))?;
     }
     let file_bytes = writer.finish()?;
     Ok(SynthReport { spec, file_bytes, seconds: start.elapsed().as_secs_f64() })
@@ -130,7 +139,10 @@ fn mean(role: TensorRole) -> f32 {
         | R::AttentionQNorm
         | R::AttentionKNorm
         | R::AttentionQANorm
-        | R::AttentionKvANorm => 1.0,
+        | R::AttentionKvANorm
+        | R::DeltaNorm => 1.0,
+        // Half of a state is left after a few dozen tokens.
+        R::DeltaDecay => -0.03,
         _ => 0.0,
     }
 }
@@ -157,7 +169,10 @@ fn weight_std(spec: &ModelSpec, t: &TensorSpec) -> f32 {
         | R::ExpertGateBias
         | R::ExpertUpBias
         | R::ExpertDownBias
-        | R::RouterLogitBias => 0.1,
+        | R::RouterLogitBias
+        | R::DeltaNorm => 0.1,
+        R::DeltaDecay => 0.003,
+        R::DeltaDtBias | R::DeltaConv => 0.5,
         R::AttentionQBias | R::AttentionKBias | R::AttentionVBias | R::AttentionOutputBias => 0.2,
         // Logits of standard deviation 2.5, a little less than trained models have.
         R::Output => 2.5 / hidden.sqrt(),

@@ -1,11 +1,12 @@
 //! The metadata of synthetic files of families with layers of their own: the keys of `import/gguf_keys.rs`.
 
-use super::metadata::{check_that_it_reads_back, general_keys};
+use super::metadata::general_keys;
 use super::vocabulary;
 use crate::error::Result;
 use crate::gguf::Value;
 use crate::import::families::Family;
 use crate::import::gguf_keys;
+use crate::import::read_back::check_that_it_reads_back;
 use std::path::Path;
 use tierwise_cost::model::{Geometry, ModelSpec};
 use tierwise_cost::recipe::Recipe;

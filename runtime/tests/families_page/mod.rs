@@ -6,8 +6,9 @@
 use super::*;
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use tierwise_cost::model::{Attention, Ffn, Geometry, Gqa, GroupScore, Mla, Moe, QkNorm, Rope, RopeScaling, RouterScore};
-use tierwise_cost::quant::QuantFormat;
+use tierwise_cost::model::{
+    Attention, Ffn, Geometry, Gqa, GroupScore, Mla, Moe, QkNorm, Rope, RopeScaling, RouterScore, Selection,
+};
 use tierwise_cost::recipe::Recipe;
 use tierwise_runtime::convert::{ConvertOptions, convert};
 use tierwise_runtime::import::families::{FAMILIES, Family};
@@ -38,13 +39,20 @@ Safetensors: the data types of the reference models; BF16 and F16 are read where
 const NOT_SUPPORTED: &str = "
 ## Not supported
 
-* Qwen3-Next and Qwen3.5-MoE (gated delta rule layers): planned with (`plan`, `simulate`), not run; opening one says so
-  (`families`, which checks that every family with references that is not supported is refused by name).
+* Families with references that are not supported are refused by name (`families`); there are none today.
 * Layers for multi-token prediction (DeepSeek-V3, GLM-4.5) are skipped: they serve speculative decoding only.
-* Vision and audio parts of multimodal models are not read; Llama-4 is read as the text model.
-* gpt-oss's experts in MXFP4 are read from GGUF files, not from safetensors.
-* `convert` of models that the keys cannot express is refused (`convert_families::models_that_no_file_expresses_are_refused`): Phi-3.5-MoE,
-  and Llama-4 with stretched frequencies, which GGUF files hold as tensors.
+* Vision and audio parts of multimodal models are not read; Llama-4 is read as its text model
+  (`checkpoint_layouts::the_text_part_of_llama_4_is_the_text_model`).
+* `convert` of models that the keys cannot express is refused (`convert_families::models_that_no_file_expresses_are_refused`): Llama-4
+  with chunks of another length than the published models have, and Qwen3.5-MoE, whose files hold value heads in another order.
+* States of gated delta rules cannot go back: after positions are forgotten they are computed again from the first token on.
+* Experts that are made at load (transposed, FP8 or MXFP4 in safetensors) stay in memory; plans that put them on disk are refused, and
+  `convert` makes a file that runs from disk (`checkpoint_layouts::experts_made_at_load_are_refused_on_disk`).
+* Several sequences in one step (`Session::step`): mixed steps of prompts and single tokens, going back, ending and beginning anew give the logits of
+  each sequence alone (`sequences::sequences_of_every_family_get_the_logits_of_each_alone`); sessions of one model side by side
+  (`families::sequences_side_by_side_do_not_disturb_each_other`).
+* Routing rules without a published format (top-p, a threshold with experts per layer, iterated experts) have keys of our own, described in
+  `runtime/src/import/routing_rules.rs`; they are compared with a decoder written for it (`routing_rules`).
 * Rope scalings that a family was never published with are refused by name (`families_broken`).
 ";
 
@@ -55,7 +63,7 @@ A product has two kernels: for few tokens (row by row; `kernels::tests::matmul_o
 (`kernels::tests::gemm_of_random_rows`, `gemm_of_every_number_of_tokens`, `gemm_of_extreme_rows`), each compared with float64 on every
 instruction set that the processor has. \"few\": many tokens go through the kernel for few. Decoding is compared with the gguf
 package (`quant_golden`), encoders with llama.cpp's (`quantiser_golden`). WGSL kernels of `shaders` are compared with these
-(`wgsl_kernels`) where a GPU is found.
+(`backend_conformance`) where a GPU is found.
 
 | Format | Reading | scalar | AVX2 | AVX-512 | AMX | Encoder |
 |---|---|---|---|---|---|---|
@@ -109,6 +117,7 @@ fn describe_gqa(a: &Gqa, out: &mut Parts) {
     out.add_if(a.sliding_window.is_some(), "sliding window");
     out.add_if(a.chunk.is_some(), "chunks");
     out.add_if(a.sinks, "sinks");
+    out.add_if(a.output_gate, "gate on the output");
     out.add_if(a.temperature.is_some(), "temperature by position");
     out.add_if(a.scale.is_some(), "scale of its own");
     match &a.rope {
@@ -139,6 +148,8 @@ fn describe_moe(m: &Moe, out: &mut Parts) {
         (Some(_), GroupScore::Top2Sum) => out.add("groups by their two best"),
     }
     out.add_if(r.normalize_topk, "renormalised");
+    out.add_if(r.selection != Selection::TopK, "a number of experts per token");
+    out.add_if(m.iterations > 1, "iterated");
     out.add_if(r.scale != 1.0, "scaled");
     out.add_if(m.weights_on_input, "weights on the input");
     if let Some(shared) = &m.shared {
@@ -153,6 +164,7 @@ fn describe(g: &Geometry, routing: &mut Parts, attention: &mut Parts) {
         match &layer.attention {
             Attention::Gqa(a) => describe_gqa(a, attention),
             Attention::Mla(a) => describe_mla(a, attention),
+            Attention::DeltaNet(_) => attention.add("gated delta rule"),
             Attention::PlanOnly(m) => attention.add(m.name.as_str()),
         }
         if let Ffn::Moe(m) = &layer.ffn {
@@ -244,7 +256,7 @@ fn page(temporary: &Path) -> String {
         let [avx2, avx512, amx] = many_token_kernels(*format).map(|has| if has { "yes" } else { "few" });
         writeln!(text, "| {format} | yes | yes | {avx2} | {avx512} | {amx} | {encoder} |").expect("text");
     }
-    text += "\nQ8_K is a format of activations: its rows go through the scalar kernel.\n";
+    text += "\nQ8_K is a format of activations: its rows go through the scalar kernel. F32 with AMX is that of AVX-512.\n";
     text
 }
 

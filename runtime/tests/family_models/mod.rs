@@ -15,6 +15,7 @@ pub fn folder() -> PathBuf {
 }
 
 /// All models with references, in the order of their names: safetensors if `gguf` is false.
+#[allow(dead_code, reason = "not every test goes through all models")]
 pub fn names(gguf: bool) -> Vec<String> {
     let entries = std::fs::read_dir(folder()).expect("the folder is part of the repository");
     let mut names: Vec<String> = entries
@@ -75,7 +76,12 @@ fn tensor_bytes(entry: &Value, seed: u64, rounded: bool, sum: &mut u64) -> Vec<u
 
 /// Writes the model's `config.json` and `model.safetensors` into a folder of its own name under `parent`.
 pub fn write_safetensors(model: &str, parent: &Path) -> PathBuf {
-    let source = folder().join(model);
+    write_safetensors_of(&folder().join(model), parent)
+}
+
+/// The same of a folder of references.
+pub fn write_safetensors_of(source: &Path, parent: &Path) -> PathBuf {
+    let model = source.file_name().and_then(|n| n.to_str()).expect("a name");
     let text = std::fs::read_to_string(source.join("weights.json")).expect("readable");
     let weights: Value = serde_json::from_str(&text).expect("JSON");
     let seed = weights["seed"].as_u64().expect("a seed");
@@ -96,6 +102,29 @@ pub fn write_safetensors(model: &str, parent: &Path) -> PathBuf {
     std::fs::copy(source.join("config.json"), folder.join("config.json")).expect("copied");
     let file = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
     std::fs::write(folder.join("model.safetensors"), file).expect("written");
+    folder
+}
+
+/// The model's folder with its safetensors header and config changed. One more float32 lies at the end of the data if `more`.
+#[allow(dead_code, reason = "not every test that makes these models changes them")]
+pub fn rewritten(name: &str, parent: &Path, more: bool, change: impl FnOnce(&mut Value, &mut Value)) -> PathBuf {
+    let folder = write_safetensors(name, parent);
+    let read = |file: &str| std::fs::read(folder.join(file)).expect("readable");
+    let stored = read("model.safetensors");
+    let length = u64::from_le_bytes(stored[..8].try_into().expect("eight bytes")) as usize;
+    let mut header: Value = serde_json::from_slice(&stored[8..8 + length]).expect("JSON");
+    let mut config: Value = serde_json::from_slice(&read("config.json")).expect("JSON");
+    if more {
+        let end = stored.len() - 8 - length;
+        header["model.layers.0.surprise"] = json!({"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]});
+    }
+    change(&mut header, &mut config);
+    let mut text = header.to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let all =
+        [&(text.len() as u64).to_le_bytes()[..], &text, &stored[8 + length..], &[0; 4][..if more { 4 } else { 0 }]].concat();
+    std::fs::write(folder.join("model.safetensors"), all).expect("written");
+    std::fs::write(folder.join("config.json"), config.to_string()).expect("written");
     folder
 }
 

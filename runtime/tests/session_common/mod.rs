@@ -9,8 +9,12 @@ use tierwise_runtime::exec::executor::CapturedRouting;
 use tierwise_runtime::import::ModelSource;
 use tierwise_runtime::session::{Model, Session, SessionConfig};
 
+mod devices;
+mod gpu_plans;
 mod plans;
-pub use plans::{EngineOptions, PlanOptions, disk_plan, engine_plan, ram_plan};
+pub use devices::{Faults, LateDevice};
+pub use gpu_plans::{GpuOptions, VRAM_BYTES, Where, gpu_machine, gpu_plan};
+pub use plans::{EngineOptions, PlanOptions, disk_plan, engine_plan, machine, ram_plan, request};
 
 /// The families with goldens.
 pub const FAMILIES: [&str; 4] = ["qwen3moe", "olmoe", "mixtral", "qwen2moe"];
@@ -113,6 +117,22 @@ pub const POLICIES: [CachePolicyKind; 6] = [
 ];
 
 /// Exact keys and values, for tight comparisons.
-pub const F32_KV: PlanOptions = PlanOptions { context: 1024, chunk: 512, kv: QuantFormat::F32, threads: 2 };
+pub const F32_KV: PlanOptions = PlanOptions { context: 1024, chunk: 512, kv: QuantFormat::F32, threads: 2, batch: 1 };
 /// What users run.
-pub const F16_KV: PlanOptions = PlanOptions { context: 1024, chunk: 512, kv: QuantFormat::F16, threads: 2 };
+pub const F16_KV: PlanOptions = PlanOptions { context: 1024, chunk: 512, kv: QuantFormat::F16, threads: 2, batch: 1 };
+
+/// OLMoE made small: 4 layers of 64 experts of 0.9 MB, 230 MB in all.
+pub fn small_olmoe() -> tierwise_cost::model::Geometry {
+    let mut g = ModelSource::open("olmoe-1b-7b", None).expect("built in").geometry().clone().truncated(4);
+    (g.hidden_size, g.vocab_size, g.context_length) = (512, 2000, 256);
+    for layer in &mut g.layers {
+        if let tierwise_cost::model::Attention::Gqa(a) = &mut layer.attention {
+            (a.num_heads, a.num_kv_heads, a.head_dim) = (8, 8, 64);
+            a.rope.as_mut().expect("rotated").rotary_dim = 64;
+        }
+        if let tierwise_cost::model::Ffn::Moe(m) = &mut layer.ffn {
+            m.inner_size = 1024;
+        }
+    }
+    g
+}

@@ -19,10 +19,12 @@ pub struct PlanOptions {
     pub chunk: u32,
     pub kv: QuantFormat,
     pub threads: usize,
+    /// Sequences that the plan has room for.
+    pub batch: u32,
 }
 
 /// A machine with memory and disk for every test model.
-fn machine() -> Machine {
+pub fn machine() -> Machine {
     let text = r#"
         name = "test"
         [[memory]]
@@ -55,9 +57,10 @@ fn machine() -> Machine {
     Machine::from_toml(text).expect("a valid machine")
 }
 
-fn request(spec: &ModelSpec, options: PlanOptions) -> Request {
+pub fn request(spec: &ModelSpec, options: PlanOptions) -> Request {
     let context = options.context.min(spec.context_length);
-    Request { context, chunk_tokens: options.chunk, prompt_tokens: context / 2, kv_format: options.kv, ..Request::default() }
+    let (chunk_tokens, prompt_tokens, kv_format) = (options.chunk, context / 2, options.kv);
+    Request { context, chunk_tokens, prompt_tokens, kv_format, batch: options.batch, ..Request::default() }
 }
 
 /// Everything in memory.

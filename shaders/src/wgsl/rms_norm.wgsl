@@ -1,41 +1,22 @@
-// y[token, i] = x[token, i] * weight[i] / sqrt(mean over i of x[token, i]^2 + eps); one workgroup per token.
+// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight[r % period]; one workgroup per row.
 
-struct Shape {
-    tokens: u32,
-    width: u32,
-    eps: f32,
-}
-
-@group(0) @binding(0) var<uniform> shape: Shape;
-@group(0) @binding(1) var<storage, read> weight: array<f32>; // [width]
-@group(0) @binding(2) var<storage, read> x: array<f32>; // [tokens, width]
-@group(0) @binding(3) var<storage, read_write> y: array<f32>; // [tokens, width]
-
-const LANES: u32 = 64u;
-var<workgroup> partial: array<f32, LANES>;
-
-@compute @workgroup_size(64)
-fn rms_norm(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let token = group.x;
-    var sum = 0.0;
-    if token < shape.tokens {
-        for (var i = lane; i < shape.width; i += LANES) {
-            let v = x[token * shape.width + i];
-            sum += v * v;
-        }
+fn run(group: vec3<u32>, groups: vec3<u32>, lane: u32) {
+    let row = group.y * groups.x + group.x;
+    if row >= p.rows {
+        return;
     }
-    partial[lane] = sum;
-    workgroupBarrier();
-    for (var stride = LANES / 2u; stride > 0u; stride /= 2u) {
-        if lane < stride {
-            partial[lane] += partial[lane + stride];
-        }
-        workgroupBarrier();
+    var squares = 0.0;
+    for (var i = lane; i < p.width; i += LANES) {
+        let v = x_at(row * p.width + i);
+        squares += v * v;
     }
-    if token < shape.tokens {
-        let scale = inverseSqrt(partial[0] / f32(shape.width) + shape.eps);
-        for (var i = lane; i < shape.width; i += LANES) {
-            y[token * shape.width + i] = x[token * shape.width + i] * scale * weight[i];
+    let sum = sum_lanes(lane, vec4<f32>(squares, 0.0, 0.0, 0.0)).x;
+    let factor = inverseSqrt(sum / f32(p.width) + p.eps);
+    for (var i = lane; i < p.width; i += LANES) {
+        var v = x_at(row * p.width + i) * factor;
+        if p.has_weight != 0u {
+            v *= weight[row % p.period * p.width + i];
         }
+        out[row * p.width + i] = v;
     }
 }

@@ -14,12 +14,15 @@ pub struct Adaptive {
     slots: u32,
     /// By layer, from its first demand on.
     layers: Vec<Option<Predictor>>,
+    /// Whether the number of slots changed since the layer's last demand. `[num_layers]`
+    resized: Vec<bool>,
 }
 
 impl Adaptive {
     /// Nothing learnt yet.
     pub fn new(num_layers: u32, experts_per_layer: u32) -> Self {
-        Self { experts_per_layer: experts_per_layer.max(1), num_layers, slots: 0, layers: vec![None; num_layers as usize] }
+        let n = num_layers as usize;
+        Self { experts_per_layer: experts_per_layer.max(1), num_layers, slots: 0, layers: vec![None; n], resized: vec![false; n] }
     }
 
     /// 1.5 times the demands of `demanded` experts each that fill one layer's share of the slots.
@@ -32,6 +35,7 @@ impl Adaptive {
 impl CachePolicy for Adaptive {
     fn on_capacity(&mut self, slots: u32) {
         self.slots = slots;
+        self.resized.fill(true);
     }
 
     fn on_demand(&mut self, seen: &Seen<'_>) {
@@ -42,6 +46,9 @@ impl CachePolicy for Adaptive {
         let horizon = self.horizon(choices.div_ceil(seen.tokens.max(1)));
         let experts = self.experts_per_layer;
         let model = self.layers[layer as usize].get_or_insert_with(|| Predictor::new(experts, horizon));
+        if std::mem::take(&mut self.resized[layer as usize]) {
+            model.look_ahead(horizon);
+        }
         model.on_demand(seen, layer * experts);
     }
 

@@ -40,7 +40,8 @@ pub struct Seen<'a> {
 
 /// Ranks the residents of one pool's slots. Deterministic: the same calls give the same answers.
 pub trait CachePolicy: std::fmt::Debug + Send {
-    /// The pool has this many slots; called once, before anything else.
+    /// The pool has this many slots; called before anything else, and again when the number changes: slots then come and go one by one,
+    /// and residents beyond it leave by and by.
     fn on_capacity(&mut self, _slots: u32) {}
 
     /// A step asks for these experts; called once per demand, before any eviction for it.
@@ -59,6 +60,12 @@ pub trait CachePolicy: std::fmt::Debug + Send {
             }
         }
         least.1
+    }
+
+    /// For policies that keep their residents in order: the first of them that `may_go`, if any; it will be evicted if one is there.
+    /// `None`: [`Self::victim`] is asked.
+    fn first_that_may_go(&self, _may_go: &dyn Fn(u32) -> bool) -> Option<Option<u32>> {
+        None
     }
 
     /// Whether `incoming` is worth more than `victim`. Asked only where an expert can be used without a slot.
@@ -88,6 +95,10 @@ impl<P: CachePolicy + ?Sized> CachePolicy for Box<P> {
 
     fn victim(&mut self, candidates: &[u32]) -> u32 {
         (**self).victim(candidates)
+    }
+
+    fn first_that_may_go(&self, may_go: &dyn Fn(u32) -> bool) -> Option<Option<u32>> {
+        (**self).first_that_may_go(may_go)
     }
 
     fn admits(&self, incoming: u32, victim: u32) -> bool {

@@ -42,6 +42,8 @@ struct Snapshot {
 pub(super) struct Predictor {
     n: usize,
     now: u32,
+    /// The demand after which the horizon is what it is.
+    since: u32,
     /// By demand modulo the horizon.
     past: Vec<Snapshot>,
     /// Number of the demand; 0 never. `[experts]`, as all below but `s`.
@@ -91,6 +93,7 @@ impl Predictor {
         Self {
             n,
             now: 0,
+            since: 0,
             past: vec![past; horizon.max(1) as usize],
             last_used: vec![0; n],
             weight: vec![0.0; n],
@@ -107,6 +110,16 @@ impl Predictor {
         }
     }
 
+    /// From now on "soon" is `horizon` demands. What was learnt stays; what was foretold for the other horizon is forgotten.
+    pub fn look_ahead(&mut self, horizon: u32) {
+        let horizon = horizon.max(1) as usize;
+        if horizon != self.past.len() {
+            let empty = self.past[0].clone();
+            self.past.resize(horizon, empty);
+            self.since = self.now;
+        }
+    }
+
     /// Log-odds that the expert is used within the horizon.
     pub fn log_odds(&self, expert: usize) -> f32 {
         self.z[expert]
@@ -118,7 +131,7 @@ impl Predictor {
         self.now += 1;
         self.count(seen, first);
         let at = self.now as usize % self.past.len();
-        if self.now as usize > self.past.len() {
+        if (self.now - self.since) as usize > self.past.len() {
             self.learn(at);
         }
         let (last_used, now) = (&self.last_used, self.now);

@@ -41,6 +41,9 @@ impl CachePolicy for S3Fifo {
     fn on_capacity(&mut self, slots: u32) {
         self.slots = slots as usize;
         self.small_room = ((u64::from(slots) * u64::from(self.small_percent) / 100) as usize).max(1);
+        while self.ghost.len() > self.slots {
+            self.ghost.pop_front();
+        }
     }
 
     fn on_demand(&mut self, seen: &Seen<'_>) {

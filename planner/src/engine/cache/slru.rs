@@ -34,10 +34,24 @@ impl Slru {
     }
 }
 
+impl Slru {
+    /// What the protected segment has no room for falls back, the least recently used first.
+    fn demote(&mut self) {
+        while self.protected.len() > self.room {
+            let last_used = &self.last_used;
+            let oldest = (0..self.protected.len()).min_by_key(|p| (last_used[self.protected[*p] as usize], self.protected[*p]));
+            let Some(oldest) = oldest else { return };
+            let back = self.protected.swap_remove(oldest);
+            self.is_protected[back as usize] = false;
+        }
+    }
+}
+
 impl CachePolicy for Slru {
     fn on_capacity(&mut self, slots: u32) {
         self.room = (u64::from(slots) * u64::from(self.protected_percent) / 100) as usize;
-        self.protected.reserve(slots as usize + 1);
+        self.protected.reserve((slots as usize + 1).saturating_sub(self.protected.len()));
+        self.demote();
     }
 
     fn on_demand(&mut self, seen: &Seen<'_>) {
@@ -48,14 +62,7 @@ impl CachePolicy for Slru {
             if self.resident[i] && !self.is_protected[i] {
                 self.is_protected[i] = true;
                 self.protected.push(*e);
-                if self.protected.len() > self.room {
-                    let last_used = &self.last_used;
-                    let oldest = (0..self.protected.len())
-                        .min_by_key(|p| (last_used[self.protected[*p] as usize], self.protected[*p]))
-                        .expect("one was just added");
-                    let back = self.protected.swap_remove(oldest);
-                    self.is_protected[back as usize] = false;
-                }
+                self.demote();
             }
         }
     }

@@ -52,7 +52,7 @@ impl Mix {
             shape,
             // One more, for the layer before the last.
             transitions: Transitions::new(Shape { max_distance: shape.max_distance + 1, ..shape }),
-            fast: Popularity::over(shape, FAST_STEPS),
+            fast: Popularity::over(shape, FAST_STEPS, LEAST_FAST),
             repeat: Repeat::new(shape),
             weights: vec![START; shape.max_distance],
             squares: vec![[1.0; SIGNALS]; shape.max_distance],
@@ -70,10 +70,7 @@ impl Mix {
     /// The signals of the experts of layer `index + distance`, into `self.signals`.
     fn find_signals(&mut self, index: usize, distance: usize) {
         let target = index + distance;
-        self.transitions.know_evidence(index, distance);
-        if let Some(before) = index.checked_sub(1) {
-            self.transitions.know_evidence(before, distance + 1);
-        }
+        self.know_evidence(index, distance);
         let near = self.transitions.evidence(index, distance);
         let far = index.checked_sub(1).map_or(&self.none[..], |before| self.transitions.evidence(before, distance + 1));
         let clamp = |x: f64| x.clamp(-MAX_EVIDENCE, MAX_EVIDENCE);
@@ -89,6 +86,57 @@ impl Mix {
 
     fn log_odds(&self, distance: usize, signals: &[f64; SIGNALS]) -> f64 {
         self.weights[distance - 1].iter().zip(signals).map(|(w, s)| w * s).sum()
+    }
+
+    /// The slow way: the oracle of [`Self::predict_all`].
+    #[cfg(test)]
+    pub(super) fn log_odds_one_by_one(&mut self, index: usize, distance: usize) -> Vec<f64> {
+        self.find_signals(index, distance);
+        self.signals.iter().map(|s| self.log_odds(distance, s)).collect()
+    }
+
+    /// As [`Predictor::predict`], and the logarithm of every expert's odds into `log_odds`, which may be fewer than the shape's: other
+    /// layers may have more. `None` for a layer that there is not.
+    pub(in crate::engine) fn predict_all(
+        &mut self,
+        index: usize,
+        distance: usize,
+        limit: usize,
+        log_odds: &mut [f64],
+    ) -> Option<Vec<(u32, f64)>> {
+        if index + distance >= self.shape.num_layers || distance == 0 || distance > self.shape.max_distance {
+            return None;
+        }
+        self.find_log_odds(index, distance, log_odds);
+        Some(most_likely_by_log_odds((0..).zip(log_odds.iter().copied()).collect(), limit))
+    }
+
+    /// What [`Self::log_odds`] makes of [`Self::find_signals`], to the bit: the same products in the same order, over all experts at once.
+    fn find_log_odds(&mut self, index: usize, distance: usize, log_odds: &mut [f64]) {
+        let target = index + distance;
+        self.know_evidence(index, distance);
+        let near = self.transitions.evidence(index, distance);
+        let far = index.checked_sub(1).map_or(&self.none[..], |before| self.transitions.evidence(before, distance + 1));
+        let (slow, fast) = (self.transitions.popularity().log_odds(target), self.fast.log_odds(target));
+        let [bias, of_slow, of_near, of_far, of_fast, of_repeat] = self.weights[distance - 1];
+        let clamp = |x: f64| x.clamp(-MAX_EVIDENCE, MAX_EVIDENCE);
+        for ((out, (slow, fast)), (near, far)) in log_odds.iter_mut().zip(slow.iter().zip(fast)).zip(near.iter().zip(far)) {
+            let known = bias + of_slow * f64::from(*slow) + of_near * clamp(*near) + of_far * clamp(*far);
+            *out = known + of_fast * f64::from(fast.max(LEAST_FAST));
+        }
+        for e in self.repeat.last(target) {
+            if let Some(out) = log_odds.get_mut(*e as usize) {
+                *out += of_repeat;
+            }
+        }
+    }
+
+    /// Makes sure that what the last two layers say is there.
+    fn know_evidence(&mut self, index: usize, distance: usize) {
+        self.transitions.know_evidence(index, distance);
+        if let Some(before) = index.checked_sub(1) {
+            self.transitions.know_evidence(before, distance + 1);
+        }
     }
 
     fn learn(&mut self, index: usize, distance: usize, experts: &[(u32, u32)]) {
@@ -122,23 +170,7 @@ impl Predictor for Mix {
     }
 
     fn predict(&mut self, index: usize, distance: usize, limit: usize) -> Vec<(u32, f64)> {
-        if index + distance >= self.shape.num_layers || distance == 0 || distance > self.shape.max_distance {
-            return Vec::new();
-        }
-        self.find_signals(index, distance);
-        most_likely_by_log_odds((0..).zip(self.signals.iter().map(|s| self.log_odds(distance, s))).collect(), limit)
-    }
-
-    fn predict_all(&mut self, index: usize, distance: usize, limit: usize, chances: &mut [f32]) -> Vec<(u32, f64)> {
-        chances.fill(0.0);
-        if index + distance >= self.shape.num_layers || distance == 0 || distance > self.shape.max_distance {
-            return Vec::new();
-        }
-        self.find_signals(index, distance);
-        let log_odds = |s: &[f64; SIGNALS]| self.log_odds(distance, s);
-        // Experts that the layer has: others' layers may have more.
-        let guesses: Vec<(u32, f64)> = (0..).zip(self.signals.iter().take(chances.len()).map(log_odds)).collect();
-        chances.iter_mut().zip(&guesses).for_each(|(chance, (_, x))| *chance = logistic(*x) as f32);
-        most_likely_by_log_odds(guesses, limit)
+        let mut log_odds = vec![0.0; self.shape.num_experts];
+        self.predict_all(index, distance, limit, &mut log_odds).unwrap_or_default()
     }
 }

@@ -29,16 +29,6 @@ pub trait Predictor: std::fmt::Debug + Send {
     /// most likely first, at most `limit`. Nothing for a layer that there is not.
     fn predict(&mut self, index: usize, distance: usize, limit: usize) -> Vec<(u32, f64)>;
 
-    /// As [`Self::predict`], and the probability of every expert into `chances` (by expert; 0 where nothing is known).
-    fn predict_all(&mut self, index: usize, distance: usize, limit: usize, chances: &mut [f32]) -> Vec<(u32, f64)> {
-        let mut guesses = self.predict(index, distance, chances.len());
-        guesses.retain(|(e, _)| (*e as usize) < chances.len());
-        chances.fill(0.0);
-        guesses.iter().for_each(|(e, p)| chances[*e as usize] = *p as f32);
-        guesses.truncate(limit);
-        guesses
-    }
-
     /// What follows belongs to another sequence. Drivers that do not know need not say.
     fn new_sequence(&mut self) {}
 }
@@ -99,7 +89,7 @@ fn odds(p: f32) -> f32 {
 }
 
 /// 1 / (1 + exp(-x)).
-fn logistic(x: f64) -> f64 {
+pub(super) fn logistic(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 

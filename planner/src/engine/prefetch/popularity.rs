@@ -15,6 +15,8 @@ pub struct Popularity {
     means: Vec<f32>,
     /// Logarithms of the means' odds, for predictors that weigh evidence. `[num_layers, num_experts]`
     log_odds: Vec<f32>,
+    /// Logarithms below this count as this, and odds that are surely below it.
+    least: (f32, f32),
     /// Observations so far. `[num_layers]`
     seen: Vec<u32>,
 }
@@ -22,15 +24,15 @@ pub struct Popularity {
 impl Popularity {
     /// The mean over about the last 2048 steps.
     pub fn new(shape: Shape) -> Self {
-        Self::over(shape, STEPS)
+        Self::over(shape, STEPS, f32::NEG_INFINITY)
     }
 
-    /// The mean over about the last `steps` steps.
-    pub(super) fn over(shape: Shape, steps: f32) -> Self {
+    /// The mean over about the last `steps` steps; to whom it matters all logarithms of odds below `least` are equal.
+    pub(super) fn over(shape: Shape, steps: f32, least: f32) -> Self {
         let start = shape.experts_per_token as f32 / shape.num_experts as f32;
         let means = vec![start; shape.num_layers * shape.num_experts];
         let log_odds = vec![odds(start).ln(); means.len()];
-        Self { shape, share: 1.0 / steps, means, log_odds, seen: vec![0; shape.num_layers] }
+        Self { shape, share: 1.0 / steps, means, log_odds, least: (least, 0.99 * least.exp()), seen: vec![0; shape.num_layers] }
     }
 
     /// Probabilities of a layer's experts. `[num_experts]`
@@ -59,7 +61,11 @@ impl Predictor for Popularity {
         } else {
             experts.iter().for_each(|(e, _)| means[*e as usize] += share);
         }
-        self.log_odds[self.shape.row(index)].iter_mut().zip(means).for_each(|(log, mean)| *log = odds(*mean).ln());
+        let (least, least_odds) = self.least;
+        for (log, mean) in self.log_odds[self.shape.row(index)].iter_mut().zip(means) {
+            let odds = odds(*mean);
+            *log = if odds < least_odds { least } else { odds.ln() };
+        }
     }
 
     fn predict(&mut self, index: usize, distance: usize, limit: usize) -> Vec<(u32, f64)> {

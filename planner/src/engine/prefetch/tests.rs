@@ -130,3 +130,38 @@ fn gain_is_what_the_schedule_saves() {
     };
     assert_eq!(prefetch_gain(&disk(&without), &disk(&with), &mut GainScratch::default()), 3.0);
 }
+
+/// All experts at once give what each gives alone, to the bit, and predictions are the likeliest of them.
+#[test]
+fn log_odds_of_all_are_those_of_each() {
+    // Experts that fill no whole number of chunks.
+    let shape = Shape { num_layers: 5, num_experts: 29, experts_per_token: 3, max_distance: 2 };
+    let mut mix = Mix::new(shape);
+    let mut state = 7_u64;
+    for step in 0..120 {
+        for layer in 0..5 {
+            let mut set: Vec<(u32, u32)> = (0..3)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    ((state >> 40) as u32 % 29 / (1 + (state >> 33) as u32 % 3), 1)
+                })
+                .collect();
+            set.sort_unstable();
+            set.dedup();
+            mix.observe(step, layer, &set);
+            for distance in 1..=2 {
+                let mut all = vec![f64::NAN; 29];
+                let Some(guesses) = mix.predict_all(layer, distance, 6, &mut all) else {
+                    assert!(layer + distance >= 5);
+                    continue;
+                };
+                let slow = mix.log_odds_one_by_one(layer, distance);
+                assert!(
+                    all.iter().zip(&slow).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "step {step}, layer {layer}: {all:?} {slow:?}"
+                );
+                assert_eq!(guesses, most_likely_by_log_odds((0..).zip(slow).collect(), 6));
+            }
+        }
+    }
+}

@@ -18,13 +18,18 @@ const TEMPER: f64 = 0.6;
 /// Factors whose product is taken before its logarithm: far from under- and overflow.
 const FACTORS: usize = 32;
 
+/// Experts whose evidence is found at once.
+const LANES: usize = 8;
+
 /// Pairs of layers.
 #[derive(Debug, Clone)]
 pub struct Transitions {
     shape: Shape,
     popularity: Popularity,
-    /// P(j in layer l + d | i in layer l). `[max_distance, num_layers, num_experts (i), num_experts (j)]`
+    /// P(j in layer l + d | i in layer l). `[max_distance, num_layers, num_experts (i), stride (j)]`
     follows: Vec<f32>,
+    /// Experts, rounded up to whole [`LANES`].
+    stride: usize,
     /// Uses of i in layer l that `follows` was learnt from. `[max_distance, num_layers, num_experts]`
     uses: Vec<u32>,
     /// Demand of each layer in its last step. `[num_layers]`
@@ -32,27 +37,28 @@ pub struct Transitions {
     /// Evidence as computed last, and whether it still holds. `[max_distance, num_layers, num_experts]`, `[max_distance, num_layers]`
     evidence: Vec<f64>,
     holds: Vec<bool>,
-    /// Kept to spare allocations. `[num_experts]`
-    product: Vec<f64>,
-    divisor: Vec<f64>,
+    /// Kept to spare allocations. `[stride]`
     against: Vec<f32>,
+    /// Where the rows of `follows` are that count.
+    rows: Vec<usize>,
 }
 
 impl Transitions {
     /// Knows nothing yet.
     pub fn new(shape: Shape) -> Self {
         let rows = shape.max_distance * shape.num_layers * shape.num_experts;
+        let stride = shape.num_experts.next_multiple_of(LANES);
         Self {
             shape,
             popularity: Popularity::new(shape),
-            follows: vec![0.0; rows * shape.num_experts],
+            follows: vec![0.0; rows * stride],
+            stride,
             uses: vec![0; rows],
             sets: vec![(0, Vec::new()); shape.num_layers],
             evidence: vec![0.0; rows],
             holds: vec![false; shape.max_distance * shape.num_layers],
-            product: vec![1.0; shape.num_experts],
-            divisor: vec![1.0; shape.num_experts],
-            against: vec![1.0; shape.num_experts],
+            against: vec![1.0; stride],
+            rows: Vec::new(),
         }
     }
 
@@ -73,7 +79,7 @@ impl Transitions {
         if std::mem::replace(&mut self.holds[at], true) {
             return;
         }
-        let Self { product, divisor, against, evidence, follows, uses, .. } = self;
+        let Self { against, rows, stride, evidence, follows, uses, .. } = self;
         let out = &mut evidence[at * n..(at + 1) * n];
         out.fill(0.0);
         let set = &self.sets[index].1;
@@ -84,17 +90,21 @@ impl Transitions {
             *against = 1.0 / odds(*p);
         }
         for experts in set.chunks(FACTORS) {
-            product.fill(1.0);
-            divisor.fill(1.0);
-            for row in experts.iter().map(|i| at * n + *i as usize).filter(|row| uses[*row] > 0) {
-                let follows = &follows[row * n..(row + 1) * n];
-                for (((product, divisor), p), against) in product.iter_mut().zip(&mut *divisor).zip(follows).zip(&*against) {
-                    let p = p.clamp(LEAST, 1.0 - LEAST);
-                    *product *= f64::from(p * against);
-                    *divisor *= f64::from(1.0 - p);
+            rows.clear();
+            rows.extend(experts.iter().map(|i| at * n + *i as usize).filter(|row| uses[*row] > 0).map(|row| row * *stride));
+            // A few columns at a time, so that their products stay in registers while the rows go by.
+            for (block, (out, against)) in out.chunks_mut(LANES).zip(against.as_chunks::<LANES>().0).enumerate() {
+                let (mut product, mut divisor) = ([1.0_f64; LANES], [1.0_f64; LANES]);
+                for row in &*rows {
+                    let follows = &follows[row + block * LANES..][..LANES];
+                    for (((product, divisor), p), against) in product.iter_mut().zip(&mut divisor).zip(follows).zip(against) {
+                        let p = p.clamp(LEAST, 1.0 - LEAST);
+                        *product *= f64::from(p * against);
+                        *divisor *= f64::from(1.0 - p);
+                    }
                 }
+                out.iter_mut().zip(product.iter().zip(&divisor)).for_each(|(sum, (a, b))| *sum += (a / b).ln());
             }
-            out.iter_mut().zip(product.iter().zip(&*divisor)).for_each(|(sum, (a, b))| *sum += (a / b).ln());
         }
     }
 
@@ -120,7 +130,7 @@ impl Transitions {
         let popularity = self.popularity.means(from + distance);
         for i in 0..self.sets[from].1.len() {
             let row = self.row(from, distance, self.sets[from].1[i]);
-            let follows = &mut self.follows[row * n..(row + 1) * n];
+            let follows = &mut self.follows[row * self.stride..][..n];
             if self.uses[row] == 0 {
                 follows.copy_from_slice(popularity);
             }

@@ -182,6 +182,14 @@ impl FileReader {
         self.direct
     }
 
+    /// Asks the system to drop its copies of the files, as far as nobody maps them.
+    pub fn drop_page_cache(&self) {
+        for file in &self.files {
+            // Advice: whoever ignores it keeps more in memory, nothing else.
+            let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+        }
+    }
+
     /// The open files, in the table's order.
     pub(super) fn files(&self) -> &[File] {
         &self.files

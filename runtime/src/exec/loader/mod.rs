@@ -3,21 +3,28 @@
 //! Two back-ends: io_uring where the kernel has it (`uring`), reader threads elsewhere (`threads`). Both read demanded experts
 //! before prefetched ones. Buffers travel with the requests, so a slot that is being filled cannot be computed on.
 //!
-//! * [`files`]: where experts are in files and slots. * [`buffer`]: aligned memory of a slot.
+//! * [`files`]: where experts are in files and slots. * [`buffer`]: aligned memory of a slot. * [`copies`]: into a device's slots. * `throttle`: slow memories, imitated.
 
 pub mod buffer;
+pub mod copies;
 pub mod files;
 mod threads;
+mod throttle;
 mod uring;
 
 pub use buffer::SlotBuffer;
+pub use copies::{COPIERS, DeviceCopies, DeviceLayout, DevicePlace, DiskExperts};
 pub use files::{ExpertReader, ExpertTable, FileReader};
+pub use throttle::{Throttle, Throttled};
 
 use crate::error::{Result, RuntimeError};
 use serde::Serialize;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
-use threads::{READERS, ReaderThreads};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::time::Instant;
+use threads::{READERS, ReaderThreads, Work};
+use throttle::Pace;
+use tierwise_planner::CheckedPlan;
 use tierwise_planner::engine::{ExpertKey, Purpose, SlotId};
 use uring::UringReader;
 
@@ -86,7 +93,10 @@ impl std::fmt::Display for IoReport {
 struct Request {
     key: ExpertKey,
     slot: SlotId,
+    /// A host slot's memory.
     buffer: SlotBuffer,
+    /// A device slot's place.
+    place: Option<DevicePlace>,
     purpose: Purpose,
 }
 
@@ -97,7 +107,7 @@ pub struct Loaded {
     pub key: ExpertKey,
     /// Into which slot.
     pub slot: SlotId,
-    /// The slot's buffer.
+    /// The slot's buffer; empty for a device's slot.
     pub buffer: SlotBuffer,
     /// Whether the bytes are there.
     pub result: Result<(), String>,
@@ -113,9 +123,14 @@ enum Backend {
 /// The readers and their queues.
 pub struct Loader {
     backend: Backend,
+    /// Copies into a device's slots.
+    copies: Option<ReaderThreads>,
+    finished: Sender<Loaded>,
     done: Receiver<Loaded>,
     in_flight: usize,
     report: Option<IoReport>,
+    /// Memories that are slowed down.
+    pace: Option<Pace>,
 }
 
 impl std::fmt::Debug for Loader {
@@ -127,7 +142,18 @@ impl std::fmt::Debug for Loader {
 impl Loader {
     /// For a plan that loads nothing.
     pub fn idle() -> Self {
-        Self { backend: Backend::Idle, done: channel().1, in_flight: 0, report: None }
+        let (finished, done) = channel();
+        Self { backend: Backend::Idle, copies: None, finished, done, in_flight: 0, report: None, pace: None }
+    }
+
+    /// The same with threads that copy into a device's slots.
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
+    pub fn with_device(mut self, copies: DeviceCopies) -> Result<Self> {
+        let work: Work = Arc::new(move |request| copies.run(request));
+        self.copies = Some(ReaderThreads::new(COPIERS, "copy", &work, &self.finished)?);
+        Ok(self)
     }
 
     /// Reader threads on any source.
@@ -146,10 +172,28 @@ impl Loader {
         Self::on_threads(reader, report)
     }
 
+    /// Threads that copy experts from far memory, and read those that are on disk past the page cache or through it.
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
+    pub fn from_memory(reader: &Arc<dyn ExpertReader>, direct: bool) -> Result<Self> {
+        let report = IoReport {
+            backend: "threads",
+            backend_reason: "experts in far memory are copied".into(),
+            page_cache: if direct { "bypassed" } else { "used" },
+            page_cache_reason: "for experts on disk".into(),
+            queue_depth: READERS,
+            block_bytes: 0,
+        };
+        Self::on_threads(reader, report)
+    }
+
     fn on_threads(reader: &Arc<dyn ExpertReader>, report: IoReport) -> Result<Self> {
         let (finished, done) = channel();
-        let pool = ReaderThreads::new(reader, &finished)?;
-        Ok(Self { backend: Backend::Threads(pool), done, in_flight: 0, report: Some(report) })
+        let reader = Arc::clone(reader);
+        let work: Work = Arc::new(move |request| reader.read(request.key, request.buffer.as_mut_slice()));
+        let backend = Backend::Threads(ReaderThreads::new(READERS, "read", &work, &finished)?);
+        Ok(Self { backend, copies: None, finished, done, in_flight: 0, report: Some(report), pace: None })
     }
 
     /// Opens the files of `table` and chooses how to read them.
@@ -177,7 +221,7 @@ impl Loader {
         let (finished, done) = channel();
         let backend_reason = match options.backend {
             IoBackend::Threads => "as asked".to_string(),
-            asked => match UringReader::new(&reader, finished)? {
+            asked => match UringReader::new(&reader, finished.clone())? {
                 Ok(uring) => {
                     let reason = if asked == IoBackend::Uring { "as asked" } else { "the kernel has it" };
                     let report = IoReport {
@@ -188,7 +232,8 @@ impl Loader {
                         queue_depth: uring::DEPTH,
                         block_bytes: uring::BLOCK_BYTES,
                     };
-                    return Ok(Self { backend: Backend::Uring(uring), done, in_flight: 0, report: Some(report) });
+                    let backend = Backend::Uring(uring);
+                    return Ok(Self { backend, copies: None, finished, done, in_flight: 0, report: Some(report), pace: None });
                 }
                 Err(why) if asked == IoBackend::Uring => {
                     return Err(RuntimeError::BadRequest {
@@ -206,14 +251,50 @@ impl Loader {
         Self::on_threads(&reader, report)
     }
 
+    /// From now on these memories of `plan` give experts no faster than so.
+    ///
+    /// # Errors
+    /// [`RuntimeError::BadRequest`] for a memory that holds no experts of the plan, its main memory, or a rate that is none.
+    pub fn throttle(&mut self, plan: &CheckedPlan, throttles: &[Throttle]) -> Result<()> {
+        self.pace = if throttles.is_empty() { None } else { Some(Pace::new(plan, throttles)?) };
+        Ok(())
+    }
+
+    /// Memories that are slowed down, and what they gave.
+    pub fn throttled(&self) -> Vec<Throttled> {
+        self.pace.as_ref().map_or_else(Vec::new, Pace::throttled)
+    }
+
+    /// Experts of `layer` are about to be computed where the plan keeps them; when that may be done at the earliest, if their memory is
+    /// slowed down.
+    pub fn read_in_place(&mut self, layer: u32, experts: impl Iterator<Item = u32>) -> Option<Instant> {
+        self.pace.as_mut()?.read_in_place(layer, experts)
+    }
+
     /// How it reads; `None` when there is nothing to read.
     pub const fn report(&self) -> Option<&IoReport> {
         self.report.as_ref()
     }
 
+    /// Queues a load into a device's slot at `place`.
+    pub fn submit_copy(&mut self, key: ExpertKey, slot: SlotId, place: DevicePlace, purpose: Purpose) {
+        if let Some(pace) = &mut self.pace {
+            pace.asked(key, slot, purpose);
+        }
+        let request = Request { key, slot, buffer: SlotBuffer::default(), place: Some(place), purpose };
+        match &self.copies {
+            Some(copies) => copies.submit(request),
+            None => unreachable!("a plan with slots on a device has copiers"),
+        }
+        self.in_flight += 1;
+    }
+
     /// Queues a load into `buffer`, a slot's.
     pub fn submit(&mut self, key: ExpertKey, slot: SlotId, buffer: SlotBuffer, purpose: Purpose) {
-        let request = Request { key, slot, buffer, purpose };
+        if let Some(pace) = &mut self.pace {
+            pace.asked(key, slot, purpose);
+        }
+        let request = Request { key, slot, buffer, place: None, purpose };
         match &mut self.backend {
             Backend::Idle => unreachable!("a plan with slots has a reader"),
             Backend::Threads(threads) => threads.submit(request),
@@ -224,6 +305,12 @@ impl Loader {
 
     /// An expert that is being prefetched is demanded now: what is still queued goes before other prefetches.
     pub fn promote(&mut self, key: ExpertKey) {
+        if let Some(pace) = &mut self.pace {
+            pace.promote(key);
+        }
+        if let Some(copies) = &self.copies {
+            copies.promote(key);
+        }
         match &mut self.backend {
             Backend::Idle => {}
             Backend::Threads(threads) => threads.promote(key),
@@ -238,13 +325,21 @@ impl Loader {
 
     /// A finished load, if there is one already.
     pub fn try_wait(&mut self) -> Option<Loaded> {
-        match self.done.try_recv() {
-            Ok(loaded) => {
-                self.in_flight -= 1;
-                Some(loaded)
-            }
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
-        }
+        let loaded = match &mut self.pace {
+            None => self.done.try_recv().ok(),
+            Some(pace) => loop {
+                match self.done.try_recv() {
+                    Ok(loaded) => {
+                        if let Some(loaded) = pace.arrived(loaded) {
+                            break Some(loaded);
+                        }
+                    }
+                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break pace.ready(),
+                }
+            },
+        };
+        self.in_flight -= usize::from(loaded.is_some());
+        loaded
     }
 
     /// Waits for the next finished load; `None` when nothing is in flight.
@@ -252,7 +347,25 @@ impl Loader {
         if self.in_flight == 0 {
             return None;
         }
-        let loaded = self.done.recv().ok()?;
+        let loaded = match &mut self.pace {
+            None => self.done.recv().ok()?,
+            Some(pace) => loop {
+                if let Some(loaded) = pace.ready() {
+                    break loaded;
+                }
+                let arrived = match pace.next() {
+                    None => self.done.recv().ok()?,
+                    Some(time) => match self.done.recv_timeout(time) {
+                        Ok(arrived) => arrived,
+                        Err(RecvTimeoutError::Timeout) => continue,
+                        Err(RecvTimeoutError::Disconnected) => return None,
+                    },
+                };
+                if let Some(loaded) = pace.arrived(arrived) {
+                    break loaded;
+                }
+            },
+        };
         self.in_flight -= 1;
         Some(loaded)
     }

@@ -1,8 +1,7 @@
-//! Reader threads: positional reads of whole experts, demanded ones first.
+//! Threads that fill slots with whole experts, demanded ones first: positional reads into host memory, or copies to a device.
 //!
-//! What every system has. The threads sleep in the kernel while the disk works; with the page cache in use they also copy.
+//! What every system has. Readers sleep in the kernel while the disk works; with the page cache in use they also copy.
 
-use super::files::ExpertReader;
 use super::{Loaded, Request, thread_refused};
 use crate::error::Result;
 use std::collections::VecDeque;
@@ -13,11 +12,14 @@ use tierwise_planner::engine::{ExpertKey, Purpose};
 /// Reads in flight at once: NVMe drives need a few to reach their bandwidth.
 pub(super) const READERS: usize = 4;
 
+/// What a thread does with a request.
+pub(super) type Work = Arc<dyn Fn(&mut Request) -> Result<(), String> + Send + Sync>;
+
 #[derive(Default)]
 struct Queues {
     demand: VecDeque<Request>,
     prefetch: VecDeque<Request>,
-    /// Readers busy with prefetches; one is always left for demands.
+    /// Threads busy with prefetches; one is always left for demands.
     prefetching: usize,
     closed: bool,
 }
@@ -34,8 +36,8 @@ impl Shared {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next request to read; `None` when the pool closes.
-    fn next(&self) -> Option<Request> {
+    /// The next request to serve, of which at most `most` may be ahead of time; `None` when the pool closes.
+    fn next(&self, most: usize) -> Option<Request> {
         let mut queues = self.lock();
         loop {
             if queues.closed {
@@ -44,7 +46,7 @@ impl Shared {
             if let Some(request) = queues.demand.pop_front() {
                 return Some(request);
             }
-            if queues.prefetching < READERS - 1
+            if queues.prefetching < most
                 && let Some(request) = queues.prefetch.pop_front()
             {
                 queues.prefetching += 1;
@@ -62,14 +64,15 @@ pub(super) struct ReaderThreads {
 }
 
 impl ReaderThreads {
-    pub fn new(reader: &Arc<dyn ExpertReader>, done: &Sender<Loaded>) -> Result<Self> {
+    /// `count` threads, at least two, that do `work`.
+    pub fn new(count: usize, name: &str, work: &Work, done: &Sender<Loaded>) -> Result<Self> {
         let mut pool = Self { shared: Arc::default(), threads: Vec::new() };
-        for i in 0..READERS {
-            let (reader, shared, done) = (Arc::clone(reader), Arc::clone(&pool.shared), done.clone());
-            let work = move || {
-                while let Some(request) = shared.next() {
-                    let Request { key, slot, mut buffer, purpose } = request;
-                    let result = reader.read(key, buffer.as_mut_slice());
+        for i in 0..count {
+            let (work, shared, done) = (Arc::clone(work), Arc::clone(&pool.shared), done.clone());
+            let run = move || {
+                while let Some(mut request) = shared.next(count - 1) {
+                    let result = work(&mut request);
+                    let Request { key, slot, buffer, purpose, .. } = request;
                     if purpose == Purpose::Prefetch {
                         shared.lock().prefetching -= 1;
                         shared.changed.notify_all();
@@ -80,7 +83,7 @@ impl ReaderThreads {
                 }
             };
             let thread =
-                std::thread::Builder::new().name(format!("tierwise-read-{i}")).spawn(work).map_err(|e| thread_refused(&e))?;
+                std::thread::Builder::new().name(format!("tierwise-{name}-{i}")).spawn(run).map_err(|e| thread_refused(&e))?;
             pool.threads.push(thread);
         }
         Ok(pool)
@@ -115,7 +118,7 @@ impl Drop for ReaderThreads {
         self.shared.lock().closed = true;
         self.shared.changed.notify_all();
         for t in self.threads.drain(..) {
-            // A reader that panicked has nothing to clean up.
+            // A thread that panicked has nothing to clean up.
             let _ = t.join();
         }
     }

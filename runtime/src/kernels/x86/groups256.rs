@@ -116,8 +116,9 @@ pub(super) fn q6_k(b: &BlockQ6K, half: usize) -> [__m256i; 4] {
 #[target_feature(enable = "avx2")]
 fn two_bit_codes(codes: &[u8; 64], half: usize) -> [__m256i; 4] {
     let bytes = load_256(&codes.as_chunks::<32>().0[half]);
-    let shifted = [bytes, _mm256_srli_epi16::<2>(bytes), _mm256_srli_epi16::<4>(bytes), _mm256_srli_epi16::<6>(bytes)];
-    shifted.map(|v| _mm256_and_si256(v, _mm256_set1_epi8(3)))
+    // Called here and not by `map`, which lacks this function's processor features and so would keep it out of line.
+    let low = |v| _mm256_and_si256(v, _mm256_set1_epi8(3));
+    [low(bytes), low(_mm256_srli_epi16::<2>(bytes)), low(_mm256_srli_epi16::<4>(bytes)), low(_mm256_srli_epi16::<6>(bytes))]
 }
 
 #[inline]
@@ -144,7 +145,9 @@ pub(super) fn q3_k(b: &BlockQ3K, half: usize) -> [__m256i; 4] {
 #[target_feature(enable = "avx2")]
 pub(super) fn iq4_xs(b: &BlockIq4Xs, half: usize) -> [__m256i; 4] {
     let parts = b.codes.as_chunks::<16>().0;
-    [0, 1, 2, 3].map(|k| look_up(&IQ4_VALUES, &parts[4 * half + k]))
+    // As in `two_bit_codes`.
+    let codes = |k: usize| look_up(&IQ4_VALUES, &parts[4 * half + k]);
+    [codes(0), codes(1), codes(2), codes(3)]
 }
 
 /// The sixteen group scales, as signed bytes.
@@ -163,7 +166,9 @@ pub(super) fn q2_k_scales(b: &BlockQ2K) -> __m128i {
 #[inline]
 #[target_feature(enable = "avx2")]
 pub(super) fn q3_k_scales(b: &BlockQ3K) -> __m128i {
-    let [a, b, high] = [0, 4, 8].map(|i| i32::from_le_bytes([b.scales[i], b.scales[i + 1], b.scales[i + 2], b.scales[i + 3]]));
+    let words: [[u8; 4]; 3] = bytemuck::cast(b.scales);
+    // Not with `map`: its closure stays a call, around which all registers are saved.
+    let (a, b, high) = (i32::from_le_bytes(words[0]), i32::from_le_bytes(words[1]), i32::from_le_bytes(words[2]));
     let bytes = _mm_set_epi32(b, a, b, a);
     let low = _mm_and_si128(_mm_srlv_epi32(bytes, _mm_set_epi32(4, 4, 0, 0)), _mm_set1_epi8(15));
     let upper = _mm_and_si128(_mm_srlv_epi32(_mm_set1_epi32(high), _mm_set_epi32(6, 4, 2, 0)), _mm_set1_epi8(3));

@@ -5,22 +5,26 @@
 //! stores through pointers, kept in the helpers below, whose arguments are references and thus always valid.
 
 mod amx;
-mod amx_bf16;
+mod amx_float;
+mod attention;
+mod bf16_rows;
 mod float;
 mod gemm256;
 mod gemm512;
 mod groups256;
 mod groups512;
+mod lane_panels;
 mod ops256;
 mod ops512;
 mod panels;
+mod rows16;
+mod rows512;
 mod wide32;
 
 pub use amx::Amx;
 
 use super::gemm::{Gemm, GemmScratch, GemmTask, TOKENS};
-use super::{CpuKernels, GemmSteps, NUM_FORMATS, RowDots, TILE, index, per_format, scalar};
-use crate::quant::{ActivationFormat, activation_format};
+use super::{CpuKernels, GemmSteps, NUM_FORMATS, ROWS, RowDots, TILE, activation_blocks, index, per_format, scalar};
 use bytemuck::Pod;
 use std::arch::x86_64::*;
 use tierwise_cost::quant::QuantFormat;
@@ -34,6 +38,17 @@ impl Avx2 {
     pub fn new() -> Option<Self> {
         let found = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         found.then_some(Self(()))
+    }
+}
+
+/// Proof that the processor has AVX-VNNI and all of [`Avx2`]: 8-bit dot products without AVX-512.
+#[derive(Debug, Clone, Copy)]
+pub struct AvxVnni(Avx2);
+
+impl AvxVnni {
+    /// The proof, if the processor has the features.
+    pub fn new() -> Option<Self> {
+        Avx2::new().filter(|_| is_x86_feature_detected!("avxvnni")).map(Self)
     }
 }
 
@@ -52,11 +67,60 @@ impl Avx512 {
     }
 }
 
+/// How far ahead of a single row in work weights are fetched (measured): rows are multiples of pages, at whose ends the processor
+/// stops fetching by itself.
+const FETCH_BYTES: usize = 4 << 10;
+
+/// How far ahead of `R` rows in work weights are fetched: for several, the same place in the rows that come after them.
+const fn ahead_of_rows<const R: usize>(row_bytes: usize) -> usize {
+    if R > 1 { R * row_bytes } else { FETCH_BYTES }
+}
+
+/// Asks for what lies so many bytes on: as much as a block, line by line.
+#[inline(always)]
+fn fetch_ahead<B>(block: &B, bytes: usize) {
+    let address = std::ptr::from_ref(block).cast::<u8>().wrapping_add(bytes);
+    for line in 0..size_of::<B>().div_ceil(64) {
+        // SAFETY: a hint that reads nothing, whatever the address; no feature beyond x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.wrapping_add(64 * line).cast()) }
+    }
+}
+
 /// Both row kernels of a function generic over the number of tokens.
 macro_rules! both {
     ($row:path) => {{
         use $row as row;
-        RowDots { one: row::<1>, tile: row::<TILE> }
+        RowDots { one: row::<1>, tile: row::<TILE>, several: None, fetches: false }
+    }};
+}
+
+/// As `both`, of a function that fetches weights ahead.
+macro_rules! both_fetching {
+    ($row:path) => {
+        RowDots { fetches: true, ..both!($row) }
+    };
+}
+
+/// The row kernels of a function generic over the numbers of rows and tokens.
+macro_rules! rows_and_tokens {
+    ($rows:path) => {
+        rows_and_tokens!("avx512f,avx512bw,avx512vl,avx512vnni,f16c", $rows)
+    };
+    ($features:literal, $rows:path) => {{
+        use $rows as rows;
+        #[target_feature(enable = $features)]
+        fn one(weight: &[u8], x: [&[u8]; 1]) -> [f32; 1] {
+            rows::<1, 1>(weight, x)[0]
+        }
+        #[target_feature(enable = $features)]
+        fn tile(weight: &[u8], x: [&[u8]; TILE]) -> [f32; TILE] {
+            rows::<1, TILE>(weight, x)[0]
+        }
+        #[target_feature(enable = $features)]
+        fn several(weight: &[u8], x: &[u8]) -> [f32; ROWS] {
+            rows::<ROWS, 1>(weight, [x]).map(|[y]| y)
+        }
+        RowDots { one, tile, several: Some(several), fetches: true }
     }};
 }
 
@@ -64,9 +128,9 @@ pub(super) fn avx2_kernels(_proof: Avx2) -> CpuKernels {
     CpuKernels {
         name: "avx2",
         dots: per_format(|format| match format {
-            QuantFormat::F32 => both!(float::avx2::f32_row),
-            QuantFormat::F16 => both!(float::avx2::f16_row),
-            QuantFormat::BF16 => both!(float::avx2::bf16_row),
+            QuantFormat::F32 => rows_and_tokens!("avx2,fma,f16c", float::avx2::f32_rows),
+            QuantFormat::F16 => rows_and_tokens!("avx2,fma,f16c", float::avx2::f16_rows),
+            QuantFormat::BF16 => rows_and_tokens!("avx2,fma,f16c", float::avx2::bf16_rows),
             QuantFormat::Q4_0 => both!(wide32::avx2::q4_0_row),
             QuantFormat::Q4_1 => both!(wide32::avx2::q4_1_row),
             QuantFormat::Q5_0 => both!(wide32::avx2::q5_0_row),
@@ -86,49 +150,69 @@ pub(super) fn avx2_kernels(_proof: Avx2) -> CpuKernels {
         gemm: gemms256().map(|kernel| [from(FEW, kernel), None]),
         encode_q8_1: ops256::encode_q8_1,
         encode_q8k: ops256::encode_q8k,
+        attend: attention::avx2::attend,
         axpy_f32: ops256::axpy_f32,
-        axpy_f16: ops256::axpy_f16,
         rms_norm: ops256::rms_norm,
         silu_mul: ops256::silu_mul,
         softmax: ops256::softmax,
         f32_to_f16: ops256::f32_to_f16,
         f16_to_f32: ops256::f16_to_f32,
+        q8_0_to_f32: ops256::q8_0_to_f32,
     }
+}
+
+/// The formats in blocks of 32 gain; the others have more than the dot product to do and stay with [`avx2_kernels`].
+pub(super) fn avx_vnni_kernels(proof: AvxVnni) -> CpuKernels {
+    let mut kernels = avx2_kernels(proof.0);
+    kernels.name = "avxvnni";
+    for (format, dots) in [
+        (QuantFormat::Q4_0, both!(wide32::vnni::q4_0_row)),
+        (QuantFormat::Q4_1, both!(wide32::vnni::q4_1_row)),
+        (QuantFormat::Q5_0, both!(wide32::vnni::q5_0_row)),
+        (QuantFormat::Q5_1, both!(wide32::vnni::q5_1_row)),
+        (QuantFormat::Q8_0, both!(wide32::vnni::q8_0_row)),
+        (QuantFormat::IQ4_NL, both!(wide32::vnni::iq4_nl_row)),
+        (QuantFormat::MXFP4, both!(wide32::vnni::mxfp4_row)),
+    ] {
+        kernels.dots[index(format)] = dots;
+    }
+    kernels
 }
 
 pub(super) fn avx512_kernels(_proof: Avx512) -> CpuKernels {
     CpuKernels {
         name: "avx512",
         dots: per_format(|format| match format {
-            QuantFormat::F32 => both!(float::avx512::f32_row),
-            QuantFormat::F16 => both!(float::avx512::f16_row),
-            QuantFormat::BF16 => both!(float::avx512::bf16_row),
-            QuantFormat::Q4_0 => both!(wide32::avx512::q4_0_row),
-            QuantFormat::Q4_1 => both!(wide32::avx512::q4_1_row),
-            QuantFormat::Q5_0 => both!(wide32::avx512::q5_0_row),
-            QuantFormat::Q5_1 => both!(wide32::avx512::q5_1_row),
-            QuantFormat::Q8_0 => both!(wide32::avx512::q8_0_row),
-            QuantFormat::Q2_K => both!(groups256::q2_k_row),
-            QuantFormat::Q3_K => both!(groups256::q3_k_row),
-            QuantFormat::Q4_K => both!(groups512::q4_k_row),
-            QuantFormat::Q5_K => both!(groups512::q5_k_row),
-            QuantFormat::Q6_K => both!(groups512::q6_k_row),
-            QuantFormat::IQ4_NL => both!(wide32::avx512::iq4_nl_row),
-            QuantFormat::MXFP4 => both!(wide32::avx512::mxfp4_row),
-            QuantFormat::IQ4_XS => both!(groups256::iq4_xs_row),
+            QuantFormat::F32 => rows_and_tokens!(float::avx512::f32_rows),
+            QuantFormat::F16 => rows_and_tokens!(float::avx512::f16_rows),
+            QuantFormat::BF16 => rows_and_tokens!(bf16_rows::bf16_rows),
+            QuantFormat::Q4_0 => rows_and_tokens!(rows512::q4_0_rows),
+            QuantFormat::Q4_1 => rows_and_tokens!(rows512::q4_1_rows),
+            QuantFormat::Q5_0 => rows_and_tokens!(rows512::q5_0_rows),
+            QuantFormat::Q5_1 => rows_and_tokens!(rows512::q5_1_rows),
+            QuantFormat::Q8_0 => rows_and_tokens!(rows512::q8_0_rows),
+            QuantFormat::Q2_K => both_fetching!(groups512::q2_k_row),
+            QuantFormat::Q3_K => rows_and_tokens!(groups512::q3_k_rows),
+            QuantFormat::Q4_K => both_fetching!(groups512::q4_k_row),
+            QuantFormat::Q5_K => both_fetching!(groups512::q5_k_row),
+            QuantFormat::Q6_K => rows_and_tokens!(groups512::q6_k_rows),
+            QuantFormat::IQ4_NL => rows_and_tokens!(rows512::iq4_nl_rows),
+            QuantFormat::MXFP4 => rows_and_tokens!(rows512::mxfp4_rows),
+            QuantFormat::IQ4_XS => rows_and_tokens!(groups512::iq4_xs_rows),
             // Never seen as weights in practice.
             QuantFormat::Q8_K => scalar::row_dots(format),
         }),
-        gemm: avx512_gemms(),
+        gemm: lanes_then::<false>(),
         encode_q8_1: ops512::encode_q8_1,
         encode_q8k: ops512::encode_q8k,
+        attend: attention::avx512::attend,
         axpy_f32: ops512::axpy_f32,
-        axpy_f16: ops512::axpy_f16,
         rms_norm: ops512::rms_norm,
         silu_mul: ops512::silu_mul,
         softmax: ops512::softmax,
         f32_to_f16: ops512::f32_to_f16,
         f16_to_f32: ops512::f16_to_f32,
+        q8_0_to_f32: ops512::q8_0_to_f32,
     }
 }
 
@@ -149,7 +233,10 @@ fn gemms256() -> [Option<Gemm>; NUM_FORMATS] {
     for format in QuantFormat::ALL {
         // How many products are added in 16 bits: 2 * (largest code) * 127 times as many must stay below 2^15.
         table[index(*format)] = match format {
-            QuantFormat::F32 | QuantFormat::F16 | QuantFormat::BF16 | QuantFormat::Q8_K => None,
+            QuantFormat::F16 => Some(float::avx2::f16_gemm as Gemm),
+            QuantFormat::BF16 => Some(float::avx2::bf16_gemm as Gemm),
+            // In float32 many tokens give the bits of few.
+            QuantFormat::F32 | QuantFormat::Q8_K => None,
             QuantFormat::Q4_0 => gemm256!(gemm_blocks::<8, false, false, 8>, panels::q4_0_panel),
             QuantFormat::Q4_1 => gemm256!(gemm_blocks::<8, false, true, 0>, panels::q4_1_panel),
             QuantFormat::Q5_0 => gemm256!(gemm_blocks::<4, false, false, 16>, panels::q5_0_panel),
@@ -187,15 +274,59 @@ fn from(tokens: usize, kernel: Option<Gemm>) -> Option<(usize, Gemm)> {
     kernel.map(|kernel| (tokens, kernel))
 }
 
-/// Where a panel's preparation is dear, as for super-blocks, 256-bit vectors are faster up to one tile of tokens (measured).
-fn avx512_gemms() -> [GemmSteps; NUM_FORMATS] {
-    let (narrow, wide) = (gemms256(), gemms::<false>());
-    let mut table = [[None; 2]; NUM_FORMATS];
+/// Both kernels for many tokens: rows in lanes first, then panels.
+fn lanes_then<const MATRIX: bool>() -> [GemmSteps; NUM_FORMATS] {
+    let (lanes, panels) = (gemms_of_lanes(), gemms::<MATRIX>());
+    std::array::from_fn(|i| match lanes[i] {
+        Some(_) => [from(LANES_FROM, lanes[i]), from(if MATRIX { MATRIX_FROM } else { PANELS_FROM }, panels[i])],
+        // On the matrix unit F16 weights have to be split first, which many tokens must share; BF16 weights are read where they lie.
+        None if MATRIX && i == index(QuantFormat::F16) => [from(FEW, gemms::<false>()[i]), from(HALVES_FROM, panels[i])],
+        None if MATRIX && i == index(QuantFormat::BF16) => [from(LANES_FROM, panels[i]), None],
+        None => [from(FEW, panels[i]), None],
+    })
+}
+
+/// From so many tokens on it pays to turn 16 rows, or to use the matrix unit where weights need no preparation (measured).
+const LANES_FROM: usize = 2;
+
+/// From so many tokens on panels with their scales in the codes are used by VNNI. Not measured: two tiles of tokens, which share a panel.
+const PANELS_FROM: usize = 33;
+/// The same on the matrix unit: on a busy machine the two were equal at 8 to 13 tokens, depending on the format.
+const MATRIX_FROM: usize = 13;
+/// F16 weights on the matrix unit (measured).
+const HALVES_FROM: usize = 3 * TOKENS;
+
+/// A kernel for a few tokens from a function that turns 16 rows.
+macro_rules! gemm_of_lanes {
+    (<$($parameter:literal),*>, $turn:ident) => {{
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
+        unsafe fn gemm(task: GemmTask<'_>, scratch: &mut GemmScratch) {
+            // SAFETY: only called through a table that was made with an `Avx512` proof.
+            unsafe { rows16::gemm::<$($parameter),*>(task, scratch, lane_panels::$turn) }
+        }
+        Some(gemm as Gemm)
+    }};
+}
+
+/// Columns of a group, by how much codes are too large, whether there are minima, whether activations come in super-blocks.
+fn gemms_of_lanes() -> [Option<Gemm>; NUM_FORMATS] {
+    let mut table = [None; NUM_FORMATS];
     for format in QuantFormat::ALL {
-        let i = index(*format);
-        table[i] = match activation_format(*format) {
-            ActivationFormat::Q8_K => [from(FEW, narrow[i]), from(TOKENS + 1, wide[i])],
-            ActivationFormat::Q8_1 | ActivationFormat::F32 => [from(FEW, wide[i]), None],
+        table[index(*format)] = match format {
+            QuantFormat::F32 | QuantFormat::F16 | QuantFormat::BF16 | QuantFormat::Q8_K => None,
+            QuantFormat::Q4_0 => gemm_of_lanes!(<32, 8, false, false>, q4_0),
+            QuantFormat::Q4_1 => gemm_of_lanes!(<32, 0, true, false>, q4_1),
+            QuantFormat::Q5_0 => gemm_of_lanes!(<32, 16, false, false>, q5_0),
+            QuantFormat::Q5_1 => gemm_of_lanes!(<32, 0, true, false>, q5_1),
+            QuantFormat::Q8_0 => gemm_of_lanes!(<32, 128, false, false>, q8_0),
+            QuantFormat::IQ4_NL => gemm_of_lanes!(<32, 128, false, false>, iq4_nl),
+            QuantFormat::MXFP4 => gemm_of_lanes!(<32, 12, false, false>, mxfp4),
+            QuantFormat::Q2_K => gemm_of_lanes!(<16, 0, true, true>, q2_k),
+            QuantFormat::Q3_K => gemm_of_lanes!(<16, 4, false, true>, q3_k),
+            QuantFormat::Q4_K => gemm_of_lanes!(<32, 0, true, true>, q4_k),
+            QuantFormat::Q5_K => gemm_of_lanes!(<32, 0, true, true>, q5_k),
+            QuantFormat::Q6_K => gemm_of_lanes!(<16, 32, false, true>, q6_k),
+            QuantFormat::IQ4_XS => gemm_of_lanes!(<32, 128, false, true>, iq4_xs),
         };
     }
     table
@@ -205,8 +336,11 @@ fn gemms<const MATRIX: bool>() -> [Option<Gemm>; NUM_FORMATS] {
     let mut table = [None; NUM_FORMATS];
     for format in QuantFormat::ALL {
         table[index(*format)] = match format {
-            QuantFormat::BF16 if MATRIX => Some(amx_bf16::gemm as Gemm),
-            QuantFormat::F32 | QuantFormat::F16 | QuantFormat::BF16 | QuantFormat::Q8_K => None,
+            QuantFormat::BF16 if MATRIX => Some(amx_float::gemm::<false> as Gemm),
+            QuantFormat::F16 if MATRIX => Some(amx_float::gemm::<true> as Gemm),
+            QuantFormat::F16 => Some(float::avx512::f16_gemm as Gemm),
+            QuantFormat::BF16 => Some(float::avx512::bf16_gemm as Gemm),
+            QuantFormat::F32 | QuantFormat::Q8_K => None,
             QuantFormat::Q4_0 => gemm!(gemm_blocks::<false>, q4_0_panel),
             QuantFormat::Q4_1 => gemm!(gemm_blocks::<true>, q4_1_panel),
             QuantFormat::Q5_0 => gemm!(gemm_blocks::<false>, q5_0_panel),
@@ -231,19 +365,7 @@ pub(super) fn many_token_kernels(index: usize) -> [bool; 3] {
 }
 
 pub(super) fn amx_kernels(proof: Amx) -> CpuKernels {
-    let gemm = gemms::<true>().map(|kernel| [from(FEW, kernel), None]);
-    CpuKernels { name: "amx", gemm, ..avx512_kernels(proof.avx512()) }
-}
-
-/// The activation rows of a tile as blocks, as many as the weight row has.
-// A plain loop, always inlined: then the compiler knows all lengths equal `blocks` and drops the checks in the inner loops.
-#[inline(always)]
-fn activation_blocks<A: Pod, const T: usize>(x: [&[u8]; T], blocks: usize) -> [&[A]; T] {
-    let mut rows: [&[A]; T] = [&[]; T];
-    for t in 0..T {
-        rows[t] = &bytemuck::cast_slice(x[t])[..blocks];
-    }
-    rows
+    CpuKernels { name: "amx", gemm: lanes_then::<true>(), ..avx512_kernels(proof.avx512()) }
 }
 
 #[inline]

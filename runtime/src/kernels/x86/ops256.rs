@@ -2,9 +2,9 @@
 //!
 //! Same arithmetic as `ops512`, eight elements at a time; see there.
 
-use super::{load_128, load_f32x8, store_128, store_256, sum_i32x8};
+use super::{half_field, load_128, load_f32x8, store_128, store_256, sum_i32x8};
 use crate::kernels::scalar::inverse_rms;
-use crate::quant::{ActivationQ8_1, ActivationQ8K, scale_and_inverse};
+use crate::quant::{ActivationQ8_1, ActivationQ8K, BlockQ8_0, scale_and_inverse};
 use half::f16;
 use std::arch::x86_64::*;
 
@@ -120,22 +120,6 @@ pub(super) fn axpy_f32(a: f32, x: &[f32], y: &mut [f32]) {
     y_tail.copy_from_slice(&padded[..y_tail.len()]);
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn axpy_f16(a: f32, x: &[f16], y: &mut [f32]) {
-    let (x, x_tail) = bytemuck::cast_slice::<f16, u16>(x).as_chunks::<8>();
-    let (y, y_tail) = y.as_chunks_mut::<8>();
-    let wide = _mm256_set1_ps(a);
-    for (x, y) in x.iter().zip(y) {
-        let sum = _mm256_fmadd_ps(wide, _mm256_cvtph_ps(load_128(x)), load_f32x8(y));
-        store(y, sum);
-    }
-    let mut padded = [0u16; 8];
-    padded[..x_tail.len()].copy_from_slice(x_tail);
-    let mut widened = [0f32; 8];
-    store(&mut widened, _mm256_cvtph_ps(load_128(&padded)));
-    axpy_f32(a, &widened[..y_tail.len()], y_tail);
-}
-
 #[inline]
 #[target_feature(enable = "avx2")]
 fn sum_f64x4(v: __m256d) -> f64 {
@@ -164,7 +148,7 @@ pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 /// `e^x`; 0 below the smallest normal result, finite up to its largest.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn exp(x: __m256) -> __m256 {
+pub(super) fn exp(x: __m256) -> __m256 {
     let c = |v: f32| _mm256_set1_ps(v);
     let too_small = _mm256_cmp_ps::<_CMP_LT_OQ>(x, c(-87.336_54));
     // Operand order: NaN in the second operand passes through min and max.
@@ -247,4 +231,17 @@ pub(super) fn f16_to_f32(src: &[f16], out: &mut [f32]) {
     let mut widened = [0f32; 8];
     store(&mut widened, _mm256_cvtph_ps(load_128(&padded)));
     out_tail.copy_from_slice(&widened[..out_tail.len()]);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn q8_0_to_f32(src: &[BlockQ8_0], out: &mut [f32]) {
+    for (block, out) in src.iter().zip(out.as_chunks_mut::<8>().0.as_chunks_mut::<4>().0) {
+        let scale = _mm256_set1_ps(half_field(block.scale));
+        for (codes, out) in block.codes.as_chunks::<16>().0.iter().zip(out.as_chunks_mut::<2>().0) {
+            let codes = load_128(codes);
+            let [low, high] = [codes, _mm_unpackhi_epi64(codes, codes)].map(|c| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(c)));
+            store(&mut out[0], _mm256_mul_ps(scale, low));
+            store(&mut out[1], _mm256_mul_ps(scale, high));
+        }
+    }
 }

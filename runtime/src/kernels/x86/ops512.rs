@@ -4,9 +4,9 @@
 //! same arithmetic wherever it stands. `exp` is the polynomial of Cephes' `expf` (range reduction by ln 2 in two parts,
 //! degree 5), within 2 ulp over its range.
 
-use super::{load_256, load_f32x8, load_f32x16, store_128, store_256, store_512, sum_i32x8};
+use super::{half_field, load_128, load_256, load_f32x8, load_f32x16, store_128, store_256, store_512, sum_i32x8};
 use crate::kernels::scalar::inverse_rms;
-use crate::quant::{ActivationQ8_1, ActivationQ8K, scale_and_inverse};
+use crate::quant::{ActivationQ8_1, ActivationQ8K, BlockQ8_0, scale_and_inverse};
 use half::f16;
 use std::arch::x86_64::*;
 
@@ -104,22 +104,6 @@ pub(super) fn axpy_f32(a: f32, x: &[f32], y: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx512f")]
-pub(super) fn axpy_f16(a: f32, x: &[f16], y: &mut [f32]) {
-    let (x, x_tail) = bytemuck::cast_slice::<f16, u16>(x).as_chunks::<16>();
-    let (y, y_tail) = y.as_chunks_mut::<16>();
-    let wide = _mm512_set1_ps(a);
-    for (x, y) in x.iter().zip(y) {
-        let sum = _mm512_fmadd_ps(wide, _mm512_cvtph_ps(load_256(x)), load_f32x16(y));
-        store_512(y, _mm512_castps_si512(sum));
-    }
-    let mut padded = [0u16; 16];
-    padded[..x_tail.len()].copy_from_slice(x_tail);
-    let mut widened = [0f32; 16];
-    store_512(&mut widened, _mm512_castps_si512(_mm512_cvtph_ps(load_256(&padded))));
-    axpy_f32(a, &widened[..y_tail.len()], y_tail);
-}
-
-#[target_feature(enable = "avx512f")]
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let (halves, tail) = x.as_chunks::<8>();
     let mut sum = _mm512_setzero_pd();
@@ -138,7 +122,7 @@ pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 /// `e^x`; 0 below the smallest normal result, finite up to its largest.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn exp(x: __m512) -> __m512 {
+pub(super) fn exp(x: __m512) -> __m512 {
     let c = |v: f32| _mm512_set1_ps(v);
     let too_small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, c(-87.336_54));
     // Operand order: NaN in the second operand passes through min and max.
@@ -222,4 +206,15 @@ pub(super) fn f16_to_f32(src: &[f16], out: &mut [f32]) {
     let mut widened = [0f32; 16];
     store_512(&mut widened, _mm512_castps_si512(_mm512_cvtph_ps(load_256(&padded))));
     out_tail.copy_from_slice(&widened[..out_tail.len()]);
+}
+
+#[target_feature(enable = "avx512f,f16c")]
+pub(super) fn q8_0_to_f32(src: &[BlockQ8_0], out: &mut [f32]) {
+    for (block, out) in src.iter().zip(out.as_chunks_mut::<16>().0.as_chunks_mut::<2>().0) {
+        let scale = _mm512_set1_ps(half_field(block.scale));
+        for (codes, out) in block.codes.as_chunks::<16>().0.iter().zip(out) {
+            let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(codes)));
+            store_512(out, _mm512_castps_si512(_mm512_mul_ps(scale, codes)));
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Formats in blocks of 32 weights against 8-bit activations.
 //!
 //! Each format only says how to turn a block into 32 signed bytes; the loop is the same for all. One block fills one 256-bit
-//! register, so both instruction sets use that width and differ in the dot product of signed bytes: both multiply magnitudes
+//! register. Both instruction sets (AVX2 with and without AVX-VNNI; `rows512` is for AVX-512) multiply magnitudes
 //! (unsigned) by activations that take the weight's sign, because the hardware wants one unsigned operand. This is exact:
 //! |w| <= 128 and |x| <= 127, so even the 16-bit pair sums of AVX2 stay within 2 * 128 * 127 < 2^15.
 //! Even and odd blocks use separate sums, which hides the latency of the addition.
@@ -36,7 +36,7 @@ fn leading_halves<B: Pod>(block: &B) -> (__m256, __m256) {
 /// 16 in every byte whose bit is set in `high`.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn fifth_bits(high: [u8; 4]) -> __m256i {
+pub(super) fn fifth_bits(high: [u8; 4]) -> __m256i {
     // Byte i gets a copy of byte i / 8 of `high` and tests bit i % 8.
     let spread = _mm256_set_epi64x(0x0303_0303_0303_0303, 0x0202_0202_0202_0202, 0x0101_0101_0101_0101, 0);
     let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
@@ -101,13 +101,11 @@ fn dot_avx2(weight: __m256i, x: __m256i) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 
-/// Sums of four signed products each, AVX-512 VNNI.
+/// Sums of four signed products each, AVX-VNNI.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn dot_avx512(weight: __m256i, x: __m256i) -> __m256i {
-    let zero = _mm256_setzero_si256();
-    let signed = _mm256_mask_sub_epi8(x, _mm256_movepi8_mask(weight), zero, x);
-    _mm256_dpbusd_epi32(zero, _mm256_abs_epi8(weight), signed)
+#[target_feature(enable = "avx2,avxvnni")]
+fn dot_vnni(weight: __m256i, x: __m256i) -> __m256i {
+    _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight))
 }
 
 macro_rules! rows {
@@ -165,6 +163,6 @@ pub(super) mod avx2 {
     all_rows!("avx2,fma,f16c", dot_avx2);
 }
 
-pub(super) mod avx512 {
-    all_rows!("avx512f,avx512bw,avx512vl,avx512vnni,f16c", dot_avx512);
+pub(super) mod vnni {
+    all_rows!("avx2,fma,f16c,avxvnni", dot_vnni);
 }

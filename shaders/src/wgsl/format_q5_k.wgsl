@@ -1,0 +1,23 @@
+// Q5_K: as Q4_K, with a fifth bit: bit i / 32 of byte i % 32.
+
+const $BLOCK_ELEMENTS: u32 = 256u;
+const $BLOCK_BYTES: u32 = 176u;
+
+// As in Q4_K.
+fn $scale_and_min(at: u32, run: u32) -> vec2<f32> {
+    if run < 4u {
+        return vec2<f32>(f32(byte_at(at + run) & 63u), f32(byte_at(at + 4u + run) & 63u));
+    }
+    let low = byte_at(at + 4u + run);
+    let scale = (low & 15u) | ((byte_at(at + run - 4u) >> 6u) << 4u);
+    let minimum = (low >> 4u) | ((byte_at(at + run) >> 6u) << 4u);
+    return vec2<f32>(f32(scale), f32(minimum));
+}
+
+fn $weight4(block: u32, i: u32) -> vec4<f32> {
+    let run = i >> 5u;
+    let s = unpack2x16float(weight[block >> 2u]) * $scale_and_min(block + 4u, run);
+    let low = (weight[(block + 48u + 32u * (run >> 1u) + (i & 31u)) >> 2u] >> ((run & 1u) * 4u)) & 0x0f0f0f0fu;
+    let high = (weight[(block + 16u + (i & 31u)) >> 2u] >> run) & 0x01010101u;
+    return s.x * codes(low | (high << 4u)) - s.y;
+}

@@ -1,0 +1,8 @@
+// x = cap * tanh(factor * x / cap), or factor * x; one invocation per element.
+
+fn run(group: vec3<u32>, groups: vec3<u32>, lane: u32) {
+    let i = (group.y * groups.x + group.x) * LANES + lane;
+    if i < p.elements {
+        x[i] = capped(p.factor * x[i], p.softcap);
+    }
+}
