@@ -148,7 +148,9 @@ fn processes(args: &ParallelArgs, ui: &Ui, deadline: Duration) -> Result<()> {
     // Rank 0 speaks for all.
     let quiet = Ui::new(ui.json, true, false);
     let ui = if transport.rank() == 0 { ui } else { &quiet };
-    let result = prepare(args, ui, mpi.size()).and_then(|job| {
+    // Before anything is read: from here on all ranks are known to be there.
+    let all_here = transport.barrier().map_err(anyhow::Error::from);
+    let result = all_here.and_then(|()| prepare(args, ui, mpi.size())).and_then(|job| {
         ui.note(format!("{}, {} threads each", transport.describe(), job.threads));
         run_rank(args, &job, Box::new(mpi.transport(deadline)), ui)
     });

@@ -290,6 +290,11 @@ pub fn report_text(loaded: &Loaded, prompt: &[u32], g: &Generated) -> String {
     );
     let e = &statistics.engine;
     text += &format!("\n{} prompt tokens, {} generated ({})", prompt.len(), g.tokens.len(), g.stop);
+    let request = &loaded.plan.plan().request;
+    let at_once = request.chunk_tokens.min(request.prompt_tokens) as usize;
+    if prompt.len() < at_once {
+        text += &format!("; prefill is predicted for {at_once} tokens at once, which read the weights once for all");
+    }
     if e.loads > 0 {
         let loaded_bytes: u64 = e.bytes_loaded_by_tier.iter().map(|b| b.0).sum();
         let (cold, steady) = cold_and_steady(g);

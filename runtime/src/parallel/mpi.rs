@@ -9,10 +9,9 @@ use super::transport::Transport;
 use crate::error::{Result, RuntimeError};
 use mpi::Threading;
 use mpi::environment::Universe;
-use mpi::point_to_point::MatchedReceiveVec;
-use mpi::request::Request;
+use mpi::request::{Request, Scope};
 use mpi::topology::SimpleCommunicator;
-use mpi::traits::{Communicator, Destination, Source};
+use mpi::traits::{Communicator, Destination, Equivalence, Source};
 use std::time::{Duration, Instant};
 
 /// MPI in this process; kept by the main thread until all ranks are done.
@@ -76,6 +75,11 @@ impl MpiTransport {
     }
 }
 
+/// Those under way, each with the other rank.
+fn unfinished<'a, S: Scope<'a>>(requests: Vec<(usize, Request<'a, [u8], S>)>) -> Vec<(usize, Request<'a, [u8], S>)> {
+    requests.into_iter().filter_map(|(rank, r)| r.test().err().map(|r| (rank, r))).collect()
+}
+
 impl Transport for MpiTransport {
     fn rank(&self) -> usize {
         self.rank
@@ -99,42 +103,43 @@ impl Transport for MpiTransport {
                 reason: format!("{} bytes for it in one message ({what}); expected fewer than 2^31: smaller chunks", bytes.len()),
             });
         }
-        let mut received: Vec<Option<Vec<u8>>> = vec![None; receive.len()];
+        let mut received = vec![Vec::new(); receive.len()];
         // Requests live no longer than the buffers, which is what the scope is for.
         mpi::request::scope(|scope| {
-            let mut sending: Vec<Request<'_, [u8], _>> = Vec::with_capacity(send.len());
+            let mut sending = Vec::with_capacity(send.len());
             for (to, bytes) in send {
-                sending.push(world.process_at_rank(*to as i32).immediate_send(scope, *bytes));
+                sending.push((*to, world.process_at_rank(*to as i32).immediate_send(scope, *bytes)));
             }
+            let mut expected: Vec<(usize, &mut Vec<u8>)> = receive.iter().copied().zip(&mut received).collect();
+            let mut receiving = Vec::with_capacity(receive.len());
             let mut last = Instant::now();
             loop {
-                let mut moved = false;
-                for (from, place) in receive.iter().zip(&mut received).filter(|(_, p)| p.is_none()) {
-                    if let Some(found) = world.process_at_rank(*from as i32).immediate_matched_probe() {
-                        *place = Some(found.matched_receive_vec::<u8>().0);
-                        moved = true;
-                    }
+                let before = (expected.len(), receiving.len(), sending.len());
+                for (from, place) in std::mem::take(&mut expected) {
+                    let Some((message, status)) = world.process_at_rank(from as i32).immediate_matched_probe() else {
+                        expected.push((from, place));
+                        continue;
+                    };
+                    // What is announced is not here yet: large messages come in pieces, and the sender may stop between two of them.
+                    place.resize(status.count(u8::equivalent_datatype()) as usize, 0);
+                    receiving.push((from, message.immediate_matched_receive_into(scope, place.as_mut_slice())));
                 }
-                let before = sending.len();
-                sending = sending.into_iter().filter_map(|r| r.test().err()).collect();
-                moved |= sending.len() < before;
-                let missing = received.iter().position(Option::is_none);
-                if missing.is_none() && sending.is_empty() {
-                    break;
-                }
-                if moved {
+                receiving = unfinished(receiving);
+                sending = unfinished(sending);
+                let others = expected.iter().map(|e| e.0).chain(receiving.iter().map(|r| r.0)).chain(sending.iter().map(|s| s.0));
+                let Some(silent_rank) = others.min() else { break };
+                if before != (expected.len(), receiving.len(), sending.len()) {
                     last = Instant::now();
                 } else if last.elapsed() > self.deadline {
                     // Messages under way cannot be taken back: there is no return from here.
-                    let rank = missing.map_or_else(|| send.first().map_or(0, |s| s.0), |m| receive[m]);
-                    self.give_up(rank, silent(what, self.deadline));
+                    self.give_up(silent_rank, silent(what, self.deadline));
                 } else {
                     // Ranks may share a processor.
                     std::thread::yield_now();
                 }
             }
         });
-        Ok(received.into_iter().flatten().collect())
+        Ok(received)
     }
 
     fn abort(&mut self, reason: &str) {
