@@ -38,7 +38,7 @@ pub(super) struct Candidate {
 #[derive(Debug)]
 pub(super) struct Chances {
     /// Probabilities, or logarithms of their odds: few of them are ever asked for. `[experts]`
-    values: Vec<f64>,
+    values: Vec<f32>,
     are_log_odds: bool,
 }
 
@@ -50,7 +50,7 @@ impl Chances {
     /// That of an expert that the layer has.
     pub fn of(&self, expert: u32) -> Option<f32> {
         let value = *self.values.get(expert as usize)?;
-        Some(if self.are_log_odds { logistic(value) } else { value } as f32)
+        Some(if self.are_log_odds { logistic(f64::from(value)) as f32 } else { value })
     }
 }
 
@@ -172,7 +172,7 @@ impl Prefetcher {
                 chances.values.fill(0.0);
                 chances.are_log_odds = false;
                 for (e, p) in &all {
-                    chances.values[*e as usize] = *p;
+                    chances.values[*e as usize] = *p as f32;
                 }
                 all.truncate(limit);
                 all

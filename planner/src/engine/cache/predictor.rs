@@ -212,9 +212,8 @@ impl Predictor {
         let n = self.n;
         let past = &self.past[at];
         let then = self.now - self.past.len() as u32;
-        for i in 0..n {
-            let used = if self.last_used[i] > then { 1.0 } else { 0.0 };
-            self.error[i] = used - past.chance[i];
+        for (error, (last, chance)) in self.error.iter_mut().zip(self.last_used.iter().zip(&past.chance)) {
+            *error = f32::from(u8::from(*last > then)) - chance;
         }
         let error = &self.error[..n];
         let rate = RATE_FEATURES / (n as f32).sqrt();

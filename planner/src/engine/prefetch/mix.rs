@@ -26,7 +26,7 @@ const RATE: f64 = 0.05;
 const LEAST_FAST: f32 = -4.6;
 
 /// Evidence beyond this (in logarithms of odds) counts as this.
-const MAX_EVIDENCE: f64 = 12.0;
+const MAX_EVIDENCE: f32 = 12.0;
 
 /// The mix.
 #[derive(Debug, Clone)]
@@ -42,7 +42,7 @@ pub struct Mix {
     /// Kept to spare allocations. `[num_experts]`
     signals: Vec<[f64; SIGNALS]>,
     /// No evidence. `[num_experts]`
-    none: Vec<f64>,
+    none: Vec<f32>,
 }
 
 impl Mix {
@@ -73,7 +73,7 @@ impl Mix {
         self.know_evidence(index, distance);
         let near = self.transitions.evidence(index, distance);
         let far = index.checked_sub(1).map_or(&self.none[..], |before| self.transitions.evidence(before, distance + 1));
-        let clamp = |x: f64| x.clamp(-MAX_EVIDENCE, MAX_EVIDENCE);
+        let clamp = |x: f32| f64::from(x.clamp(-MAX_EVIDENCE, MAX_EVIDENCE));
         let (slow, fast) = (self.transitions.popularity().log_odds(target), self.fast.log_odds(target));
         self.signals.clear();
         self.signals.extend(slow.iter().zip(fast).zip(near.iter().zip(far)).map(|((slow, fast), (near, far))| {
@@ -102,27 +102,27 @@ impl Mix {
         index: usize,
         distance: usize,
         limit: usize,
-        log_odds: &mut [f64],
+        log_odds: &mut [f32],
     ) -> Option<Vec<(u32, f64)>> {
         if index + distance >= self.shape.num_layers || distance == 0 || distance > self.shape.max_distance {
             return None;
         }
         self.find_log_odds(index, distance, log_odds);
-        Some(most_likely_by_log_odds((0..).zip(log_odds.iter().copied()).collect(), limit))
+        Some(most_likely_by_log_odds(log_odds.iter().copied(), limit))
     }
 
-    /// What [`Self::log_odds`] makes of [`Self::find_signals`], to the bit: the same products in the same order, over all experts at once.
-    fn find_log_odds(&mut self, index: usize, distance: usize, log_odds: &mut [f64]) {
+    /// What [`Self::log_odds`] makes of [`Self::find_signals`], over all experts at once and in float32.
+    fn find_log_odds(&mut self, index: usize, distance: usize, log_odds: &mut [f32]) {
         let target = index + distance;
         self.know_evidence(index, distance);
         let near = self.transitions.evidence(index, distance);
         let far = index.checked_sub(1).map_or(&self.none[..], |before| self.transitions.evidence(before, distance + 1));
         let (slow, fast) = (self.transitions.popularity().log_odds(target), self.fast.log_odds(target));
-        let [bias, of_slow, of_near, of_far, of_fast, of_repeat] = self.weights[distance - 1];
-        let clamp = |x: f64| x.clamp(-MAX_EVIDENCE, MAX_EVIDENCE);
+        let [bias, of_slow, of_near, of_far, of_fast, of_repeat] = self.weights[distance - 1].map(|w| w as f32);
+        let clamp = |x: f32| x.clamp(-MAX_EVIDENCE, MAX_EVIDENCE);
         for ((out, (slow, fast)), (near, far)) in log_odds.iter_mut().zip(slow.iter().zip(fast)).zip(near.iter().zip(far)) {
-            let known = bias + of_slow * f64::from(*slow) + of_near * clamp(*near) + of_far * clamp(*far);
-            *out = known + of_fast * f64::from(fast.max(LEAST_FAST));
+            let known = bias + of_slow * slow + of_near * clamp(*near) + of_far * clamp(*far);
+            *out = known + of_fast * fast.max(LEAST_FAST);
         }
         for e in self.repeat.last(target) {
             if let Some(out) = log_odds.get_mut(*e as usize) {
@@ -170,7 +170,7 @@ impl Predictor for Mix {
     }
 
     fn predict(&mut self, index: usize, distance: usize, limit: usize) -> Vec<(u32, f64)> {
-        let mut log_odds = vec![0.0; self.shape.num_experts];
+        let mut log_odds = vec![0.0_f32; self.shape.num_experts];
         self.predict_all(index, distance, limit, &mut log_odds).unwrap_or_default()
     }
 }

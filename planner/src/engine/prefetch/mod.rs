@@ -58,23 +58,35 @@ impl Shape {
     }
 }
 
-/// The most probable, at most `limit`; equal ones by number.
-fn most_likely(mut guesses: Vec<(u32, f64)>, limit: usize) -> Vec<(u32, f64)> {
-    let order = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+/// The greatest of the experts' values, at most `limit`; equal ones by number.
+fn most_likely(values: impl Iterator<Item = f32>, limit: usize) -> Vec<(u32, f64)> {
+    // One integer per expert, the best first: sorted without a branch per comparison.
+    let mut keys: Vec<u64> = (0..).zip(values).map(|(e, value)| u64::from(!in_order(value)) << 32 | e).collect();
     if limit == 0 {
         return Vec::new();
     }
-    if limit < guesses.len() {
-        guesses.select_nth_unstable_by(limit - 1, order);
-        guesses.truncate(limit);
+    if limit < keys.len() {
+        keys.select_nth_unstable(limit - 1);
+        keys.truncate(limit);
     }
-    guesses.sort_unstable_by(order);
-    guesses
+    keys.sort_unstable();
+    keys.into_iter().map(|key| (key as u32, f64::from(of_order(!((key >> 32) as u32))))).collect()
+}
+
+/// Bits that compare as integers as the numbers do (IEEE 754's total order).
+fn in_order(x: f32) -> u32 {
+    let bits = x.to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+}
+
+/// The number whose [`in_order`] this is.
+fn of_order(bits: u32) -> f32 {
+    f32::from_bits(if bits >> 31 == 1 { bits & !(1 << 31) } else { !bits })
 }
 
 /// As [`most_likely`], of logarithms of odds.
-fn most_likely_by_log_odds(guesses: Vec<(u32, f64)>, limit: usize) -> Vec<(u32, f64)> {
-    let mut best = most_likely(guesses, limit);
+fn most_likely_by_log_odds(log_odds: impl Iterator<Item = f32>, limit: usize) -> Vec<(u32, f64)> {
+    let mut best = most_likely(log_odds, limit);
     best.iter_mut().for_each(|(_, x)| *x = logistic(*x));
     best
 }
@@ -86,6 +98,18 @@ const LEAST: f32 = 1e-4;
 fn odds(p: f32) -> f32 {
     let p = p.clamp(LEAST, 1.0 - LEAST);
     p / (1.0 - p)
+}
+
+/// The natural logarithm of a positive normal number, within 1e-6 of its magnitude or of 1: arithmetic only, so that many are taken at once
+/// and everywhere to the same bit.
+///
+/// With x = m 2^e, m in [sqrt(1/2), sqrt(2)), it is `e ln 2 + 2 artanh(s)`, s = (m - 1) / (m + 1), whose series is s + s^3/3 + s^5/5 + ...
+fn ln(x: f32) -> f32 {
+    let above = x.to_bits().wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits()).cast_signed() >> 23;
+    let m = f32::from_bits(x.to_bits().wrapping_sub((above << 23).cast_unsigned()));
+    let s = (m - 1.0) / (m + 1.0);
+    let z = s * s;
+    above as f32 * std::f32::consts::LN_2 + 2.0 * s * (1.0 + z * (1.0 / 3.0 + z * (0.2 + z * (1.0 / 7.0))))
 }
 
 /// 1 / (1 + exp(-x)).

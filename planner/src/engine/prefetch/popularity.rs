@@ -1,6 +1,6 @@
 //! How often each expert is demanded: an aged mean per layer. The baseline of every predictor, and part of most.
 
-use super::{Predictor, Shape, most_likely, odds};
+use super::{Predictor, Shape, ln, most_likely, odds};
 
 /// Steps over which demands are averaged.
 const STEPS: f32 = 2048.0;
@@ -15,8 +15,8 @@ pub struct Popularity {
     means: Vec<f32>,
     /// Logarithms of the means' odds, for predictors that weigh evidence. `[num_layers, num_experts]`
     log_odds: Vec<f32>,
-    /// Logarithms below this count as this, and odds that are surely below it.
-    least: (f32, f32),
+    /// Logarithms below this count as this.
+    least: f32,
     /// Observations so far. `[num_layers]`
     seen: Vec<u32>,
 }
@@ -31,8 +31,8 @@ impl Popularity {
     pub(super) fn over(shape: Shape, steps: f32, least: f32) -> Self {
         let start = shape.experts_per_token as f32 / shape.num_experts as f32;
         let means = vec![start; shape.num_layers * shape.num_experts];
-        let log_odds = vec![odds(start).ln(); means.len()];
-        Self { shape, share: 1.0 / steps, means, log_odds, least: (least, 0.99 * least.exp()), seen: vec![0; shape.num_layers] }
+        let log_odds = vec![ln(odds(start)); means.len()];
+        Self { shape, share: 1.0 / steps, means, log_odds, least, seen: vec![0; shape.num_layers] }
     }
 
     /// Probabilities of a layer's experts. `[num_experts]`
@@ -61,10 +61,8 @@ impl Predictor for Popularity {
         } else {
             experts.iter().for_each(|(e, _)| means[*e as usize] += share);
         }
-        let (least, least_odds) = self.least;
         for (log, mean) in self.log_odds[self.shape.row(index)].iter_mut().zip(means) {
-            let odds = odds(*mean);
-            *log = if odds < least_odds { least } else { odds.ln() };
+            *log = ln(odds(*mean)).max(self.least);
         }
     }
 
@@ -72,7 +70,6 @@ impl Predictor for Popularity {
         if index + distance >= self.shape.num_layers {
             return Vec::new();
         }
-        let guesses = (0..).zip(self.means(index + distance)).map(|(e, p)| (e, f64::from(*p))).collect();
-        most_likely(guesses, limit)
+        most_likely(self.means(index + distance).iter().copied(), limit)
     }
 }

@@ -114,7 +114,7 @@ impl Predictor for SequenceMap {
         if before > 0.0 {
             means.iter_mut().zip(&self.counts[row]).for_each(|(sum, count)| *sum += own_weight * count / before);
         }
-        most_likely((0..).zip(means).map(|(e, mean)| (e, f64::from(mean / total))).collect(), limit)
+        most_likely(means.into_iter().map(|mean| mean / total), limit)
     }
 
     fn new_sequence(&mut self) {
