@@ -161,7 +161,7 @@ mod tests {
     fn a_silent_rank_is_found_out_at_the_deadline() {
         // On a busy machine threads may begin late; the silent one is there until the others have given it up.
         let (begun, given_up) = (std::sync::Barrier::new(3), std::sync::Barrier::new(3));
-        let results = run_threads(3, Duration::from_secs(1), |mut t| {
+        let results = run_threads(3, Duration::from_secs(3), |mut t| {
             begun.wait();
             let result = if t.rank() == 1 { Ok(()) } else { t.barrier().inspect_err(|e| t.abort(&e.to_string())) };
             given_up.wait();
@@ -169,7 +169,7 @@ mod tests {
         });
         for rank in [0, 2] {
             let error = results[rank].as_ref().expect_err("silent").to_string();
-            assert!(error.contains("rank 1: is silent for 1 s (barrier)"), "{error}");
+            assert!(error.contains("rank 1: is silent for 3 s (barrier)"), "{error}");
         }
     }
 
