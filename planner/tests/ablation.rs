@@ -90,9 +90,9 @@ fn ideas_do_what_they_are_for() {
     }
 }
 
-/// The whole table; minutes. `cargo test --release -p tierwise-planner --test ablation -- --ignored --nocapture`
+/// The whole table; half a minute. `cargo test --release -p tierwise-planner --test ablation -- --ignored --nocapture`
 #[test]
-#[ignore = "a study of minutes"]
+#[ignore = "prints a table of the engine study; what it must show is checked above, on parts of it"]
 fn table() {
     for (name, recipe, full, cut) in MODELS {
         let (trace, _) = trace(full, cut);

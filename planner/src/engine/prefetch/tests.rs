@@ -145,7 +145,7 @@ fn logarithms_are_those_of_float64() {
 /// Evidence as defined, factor by factor in float64.
 #[test]
 fn evidence_is_the_sum_of_logarithms() {
-    // More experts per token than factors of one product, experts that fill no whole number of lanes.
+    // More experts per token than factors of one product, and no whole number of vectors.
     let shape = Shape { num_layers: 3, num_experts: 43, experts_per_token: 9, max_distance: 2 };
     let mut transitions = Transitions::new(shape);
     let mut state = 3_u64;
